@@ -1,0 +1,1 @@
+"""From images to batches: packing, index, order, reading, decoding, views, loading."""

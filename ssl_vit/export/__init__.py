@@ -1,0 +1,1 @@
+"""Handing a trained encoder over to other libraries."""
