@@ -240,14 +240,15 @@ def argument_texts(cls: type) -> dict[str, str]:
 def help_lines(section: type[BaseModel], prefix: str = "") -> list[str]:
     """One line per key of a section: name, type, default, meaning."""
     lines = []
+    texts = argument_texts(section)
     for name, field in section.model_fields.items():
         inner = field.annotation
         if inspect.isclass(inner) and issubclass(inner, BaseModel):
             lines += help_lines(inner, f"{prefix}{name}.")
             continue
         default = "required" if field.is_required() else f"default {plain(field.get_default(call_default_factory=True))!r}"
-        text = f"  {field.description}" if field.description else ""
-        lines.append(f"  {prefix}{name}  ({type_text(field.annotation)}; {default}){text}")
+        text = field.description or texts.get(name, "")
+        lines.append(f"  {prefix}{name}  ({type_text(field.annotation)}; {default})  {text}")
     return lines
 
 

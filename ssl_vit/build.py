@@ -1,0 +1,178 @@
+"""From the sections of a recipe to objects; what a constructor refuses becomes the user's one clear message."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ssl_vit.config import InputError, plain
+from ssl_vit.data.index import Index
+from ssl_vit.data.loader import Pixels
+from ssl_vit.data.order import Order, Stream
+from ssl_vit.data.sources import open_source
+from ssl_vit.encoders.base import Encoder, create_encoder
+from ssl_vit.encoders.weights import encoder_config, fill_encoder, fill_objective
+from ssl_vit.evaluation.base import Evaluation, Subset, split_by_key
+from ssl_vit.objectives.base import Objective
+from ssl_vit.recipe import DataSection, EvaluationRecipe, Recipe, evaluation_class, objective_class
+
+logger = logging.getLogger(__name__)
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+LABEL_FREE_IMAGES = 2048
+MOST_WORKERS = 16
+
+def constructed(where: str, build: Callable[[], Any]) -> Any:
+    """Call a constructor; what it refuses is the user's mistake, named with its section."""
+    try:
+        return build()
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+def build_encoder(section: dict[str, Any]) -> Encoder:
+    """The encoder of a recipe section, at its architecture's initialisation."""
+    arguments = {key: value for key, value in section.items() if key != "init"}
+    return constructed("encoder", lambda: create_encoder(**arguments))
+
+
+def build_objective(recipe: Recipe) -> Objective:
+    """The objective at its published initialisation, then filled from ``encoder.init`` and ``objective.init``."""
+    torch.manual_seed(recipe.seed)
+    encoder = build_encoder(recipe.encoder)
+    arguments = {key: value for key, value in recipe.objective.items() if key not in ("name", "init")}
+    objective = constructed("objective", lambda: objective_class(recipe)(encoder, **arguments))
+    if recipe.encoder.get("init"):
+        logger.info("encoder.init: %s", fill_encoder(objective.encoder, Path(recipe.encoder["init"])))
+    if recipe.objective.get("init"):
+        logger.info("objective.init: %s", fill_objective(objective, Path(recipe.objective["init"])))
+    return objective
+
+
+def build_frozen(recipe: EvaluationRecipe) -> Objective:
+    """An encoder that is only measured: from ``encoder.init``, else at its architecture's initialisation."""
+    torch.manual_seed(recipe.seed)
+    objective = Objective(build_encoder(recipe.encoder))
+    if recipe.encoder.get("init"):
+        logger.info("encoder.init: %s", fill_encoder(objective.encoder, Path(recipe.encoder["init"])))
+    return objective.requires_grad_(False).eval()
+
+
+def resolve_pixels(data: DataSection, encoder: dict[str, Any]) -> Pixels:
+    """Fill what the recipe leaves open: from the initial encoder's file, else the usual constants."""
+    stated = encoder_config(Path(encoder["init"])).get("data", {}) if encoder.get("init") else {}
+    chans = encoder.get("in_chans", 3)
+    usual = {
+        "mean": IMAGENET_MEAN if chans == 3 else (0.5,) * chans,
+        "std": IMAGENET_STD if chans == 3 else (0.5,) * chans,
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+    }
+    chosen: dict[str, Any] = {}
+    for key, default in usual.items():
+        given = getattr(data, key)
+        if given is not None and key in stated and plain(given) != plain(stated[key]):
+            logger.warning("data.%s=%s overrides %s, with which the initial encoder was trained", key, given, stated[key])
+        chosen[key] = given if given is not None else stated.get(key, default)
+        setattr(data, key, plain(chosen[key]))
+    chosen["mean"], chosen["std"] = tuple(chosen["mean"]), tuple(chosen["std"])
+    return Pixels(**chosen, in_chans=chans, max_pixels=data.max_pixels)
+
+
+def open_data(data: DataSection, spec: str) -> Index:
+    """The shards of one source."""
+    return open_source(spec, labels=data.labels, cache=Path(data.cache) if data.cache else None)
+
+
+@dataclass(frozen=True)
+class Sets:
+    """The data of a run.
+
+    Args:
+        train: one index a training source.
+        images: for label-free measures and pictures.
+        rule: what probes train on and what is scored, in words.
+        probe: labelled samples that probes train on.
+        val: labelled samples that are scored.
+    """
+
+    train: list[Index]
+    images: Subset
+    rule: str
+    probe: Subset | None = None
+    val: Subset | None = None
+
+    @property
+    def fingerprint(self) -> list[str]:
+        """Hashes of the training data: a resumed run must see the same."""
+        return [index.fingerprint for index in self.train]
+
+    def stream(self, recipe: Recipe) -> Stream:
+        """The order in which training sees them."""
+        data = recipe.data
+        orders = [Order(index.shard_sizes, recipe.seed, data.num_lanes, data.window) for index in self.train]
+        return constructed("data", lambda: Stream(orders, recipe.seed, data.weights, data.repeats))
+
+
+def open_sets(data: DataSection) -> Sets:
+    """Open all sources; the rule for what probes train on is the contract's (``data.probe``)."""
+    specs = [data.train] if isinstance(data.train, str) else list(data.train or [])
+    train = [open_data(data, spec) for spec in specs]
+    if data.val is None:
+        if not train:
+            raise InputError("data.val: is required; give labelled images as data.val=folder:/my/labelled")
+        images = Subset.spread(train[0], LABEL_FREE_IMAGES)
+        return Sets(train, images, "no data.val: label-free measures on data.train")
+    val = open_data(data, data.val)
+    if not val.labelled:
+        raise InputError(f"data.val={data.val}: has no labels; give class folders, or leave it out for label-free measures")
+    everything = Subset.all(val)
+    if data.probe is not None:
+        probe = open_data(data, data.probe)
+        if not probe.labelled or probe.classes != val.classes:
+            raise InputError(f"data.probe={data.probe}: should have the classes of data.val: {_few(val.classes)}")
+        return Sets(train, everything, "probes train on data.probe, scored on data.val", Subset.all(probe), everything)
+    if len(train) == 1 and train[0].labelled and train[0].classes == val.classes:
+        rule = "probes train on data.train, scored on data.val"
+        return Sets(train, everything, rule, Subset.all(train[0]), everything)
+    rule = "probes train on 80 % of data.val, scored on the other 20 % (stratified, by hash of the key)"
+    return Sets(train, everything, rule, *split_by_key(everything, 0.2))
+
+
+def _few(names: list[str] | None) -> str:
+    names = names or []
+    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+
+
+def resolve_precision(recipe: Recipe | EvaluationRecipe) -> str:
+    """``auto`` becomes bf16 on a GPU that computes in it, else no."""
+    if recipe.mixed_precision == "auto":
+        recipe.mixed_precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+    return recipe.mixed_precision
+
+
+def build_evaluations(evals: dict[str, Any], labelled: bool) -> dict[str, Evaluation]:
+    """The evaluations of a recipe by name; those that need labels are left out, and named, where there are none."""
+    built = {}
+    for name, values in evals.items():
+        cls = evaluation_class(name)
+        if cls.labelled and not labelled:
+            logger.info("%s: left out, it needs labelled images (data.val)", name)
+            continue
+        arguments = {key: value for key, value in values.items() if key != "every"}
+        built[name] = constructed(f"evals.{name}", lambda cls=cls, arguments=arguments: cls(**arguments))
+    return built
+
+
+def default_workers() -> int:
+    """Loader processes a device: the cores of this process shared by the processes of this machine."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(len(os.sched_getaffinity(0)) // local, MOST_WORKERS))

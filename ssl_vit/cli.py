@@ -1,0 +1,205 @@
+"""The door of every pipeline: arguments in, a checked recipe run, and one clear message with an exit code out."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from ssl_vit.config import EXIT_BAD_INPUT, InputError, Section, check, help_lines, load, part_names, signature_section, to_yaml
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+USAGE = """options:
+  --config FILE       a recipe; repeatable, later files win
+  --print-config      print the complete, checked recipe and stop
+  --resume auto|never|PATH
+                      go on with the run in run.dir (auto), refuse a folder in use (never), or a checkpoint's path
+  --help              this text
+  key=value           any key below, e.g. optim.batch_size=256; leading dashes are accepted"""
+
+
+@dataclass
+class Arguments:
+    """A command line, taken apart.
+
+    Args:
+        files: recipes.
+        words: ``key=value``.
+        resume: ``"auto"``, ``"never"`` or a path.
+        print_config: only print the recipe.
+        help: only print the keys.
+    """
+
+    files: list[Path] = field(default_factory=list)
+    words: list[str] = field(default_factory=list)
+    resume: str = "auto"
+    print_config: bool = False
+    help: bool = False
+
+    @classmethod
+    def parse(cls, argv: Sequence[str]) -> Arguments:
+        """Take ``argv`` apart; ``--option=value`` and ``--option value`` are the same."""
+        found, rest = cls(), list(argv)
+        while rest:
+            word = rest.pop(0)
+            option, equals, value = word.partition("=")
+            if option in ("--config", "--resume"):
+                if not equals and not rest:
+                    raise InputError(f"{option}: needs a value, e.g. {option} {'FILE' if option == '--config' else 'auto'}")
+                value = value if equals else rest.pop(0)
+                if option == "--config":
+                    found.files.append(Path(value))
+                else:
+                    found.resume = value
+            elif word in ("-h", "--help"):
+                found.help = True
+            elif word == "--print-config":
+                found.print_config = True
+            else:
+                found.words.append(word)
+        return found
+
+
+def pretrain(doc: str | None, pipeline: str, objective: str, default: str, images: str) -> None:
+    """The door of ``pretrain_*.py``.
+
+    Args:
+        doc: the pipeline's docstring, the head of its help.
+        pipeline: the pipeline's ``__file__``.
+        objective: the only ``objective.name`` it accepts.
+        default: recipe below ``configs/`` if neither a recipe nor ``data.train`` is given.
+        images: recipe below ``configs/`` if ``data.train`` is given without a recipe.
+    """
+    from ssl_vit.recipe import Recipe
+
+    def defaults(words: list[str]) -> str:
+        return images if any(word.lstrip("-").startswith("data.train=") for word in words) else default
+
+    def start(recipe: Recipe, resume: str) -> None:
+        from ssl_vit.run import run
+
+        run(recipe, resume)
+
+    def guard(values: dict[str, Any]) -> None:
+        name = (values.get("objective") or {}).get("name")
+        if name != objective:
+            raise InputError(f"objective.name={name!r}: this pipeline trains {objective!r}; use pipelines/pretrain_{name}.py")
+
+    _door(doc, pipeline, Recipe, defaults, guard, start)
+
+
+def evaluate(doc: str | None, pipeline: str, default: str) -> None:
+    """The door of the pipelines that measure an encoder as it is.
+
+    Args:
+        doc: the pipeline's docstring, the head of its help.
+        pipeline: the pipeline's ``__file__``.
+        default: recipe below ``configs/`` if none is given.
+    """
+    from ssl_vit.recipe import EvaluationRecipe
+
+    def start(recipe: EvaluationRecipe, resume: str) -> None:
+        from ssl_vit.run import evaluate
+
+        evaluate(recipe, resume)
+
+    _door(doc, pipeline, EvaluationRecipe, lambda words: default, lambda values: None, start)
+
+
+def guarded(action: Callable[[], None]) -> None:
+    """Run ``action``; a user's mistake becomes its message as the last line of stderr and exit code 2."""
+    try:
+        action()
+    except InputError as error:
+        _refuse(error)
+
+
+def _refuse(error: InputError) -> NoReturn:
+    print(f"error: {'; '.join(str(error).splitlines())}", file=sys.stderr)
+    sys.exit(EXIT_BAD_INPUT)
+
+
+def _door(
+    doc: str | None,
+    pipeline: str,
+    section: type[SectionT],
+    defaults: Callable[[list[str]], str],
+    guard: Callable[[dict[str, Any]], None],
+    start: Callable[[SectionT, str], None],
+) -> None:
+    configs = Path(pipeline).resolve().parents[1] / "configs"
+    values: dict[str, Any] = {}
+    try:
+        arguments = Arguments.parse(sys.argv[1:])
+        files = [_find(file, configs) for file in arguments.files] or [configs / defaults(arguments.words)]
+        values = load(files, arguments.words)
+        if arguments.help:
+            print(help_text(doc, section, values))
+            return
+        from ssl_vit.recipe import check_recipe
+
+        guard(values)
+        recipe = check_recipe(check(section, values))
+        if arguments.print_config:
+            print(to_yaml(recipe), end="")
+            return
+        _log()
+        if not arguments.files:
+            logging.getLogger("ssl_vit").info("no --config: %s", files[0])
+        start(recipe, arguments.resume)  # pyright: ignore[reportArgumentType]
+    except InputError as error:
+        _failed(values, EXIT_BAD_INPUT, str(error))
+        _refuse(error)
+    except Exception as error:
+        _failed(values, 1, f"{type(error).__name__}: {error}")
+        raise
+
+
+def _find(file: Path, configs: Path) -> Path:
+    """A recipe's path is looked up from the working folder, then from the folder that holds ``configs/``."""
+    beside = configs.parent / file
+    return beside if not file.exists() and beside.is_file() else file
+
+
+def _log() -> None:
+    from ssl_vit.training.run_folder import log_to_stderr
+
+    log_to_stderr()
+
+
+def _failed(values: dict[str, Any], exit_code: int, message: str) -> None:
+    """Leave the failure in RUN/status.json, unless the folder holds a run that this start did not touch."""
+    from ssl_vit.training.run_folder import RunFolder
+
+    run = values.get("run")
+    folder = run.get("dir") if isinstance(run, dict) else None
+    if not isinstance(folder, str):
+        return
+    target = RunFolder(folder)
+    if target.belongs_to_no_run() or target.read_status().get("state") == "running":
+        target.status("failed", target.read_status().get("step", 0), exit_code, message)
+
+
+def help_text(doc: str | None, section: type[Section], values: dict[str, Any]) -> str:
+    """Every key with type, default and one line, the open sections from the constructors they name."""
+    from ssl_vit.recipe import Recipe, evaluation_class, objective_class
+
+    lines = [(doc or "").strip(), "", USAGE, "", "keys:", *help_lines(section)]
+    from ssl_vit.encoders.base import encoder_class_of
+
+    name = str((values.get("encoder") or {}).get("name") or "vit_base_patch16_224")
+    lines += ["", "encoder, as built by its name:"]
+    lines += help_lines(signature_section(encoder_class_of(name)), "encoder.")
+    if section is Recipe:
+        cls = objective_class(check(Recipe, values))
+        lines += ["", f"objective {values['objective']['name']}:"]
+        lines += help_lines(signature_section(cls, ("encoder",)), "objective.")
+    for part in part_names("ssl_vit.evaluation", "Evaluation"):
+        cls = evaluation_class(part)
+        lines += ["", f"evaluation {part}:", f"  evals.{part}.every  (epochs or 'N steps'; default: start and end)"]
+        lines += help_lines(signature_section(cls), f"evals.{part}.")
+    return "\n".join(lines)

@@ -1,0 +1,110 @@
+"""The command lines of packing, indexing and verifying: ``COMMAND WORDS... key=value ...``."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import Field
+
+from ssl_vit.config import EXIT_BAD_INPUT, InputError, Section, check, help_lines, load
+
+Options = TypeVar("Options", bound=Section)
+
+
+class IndexOptions(Section):
+    """The settings of indexing."""
+
+    classes: Path | None = Field(None, description="text file with the class names, one a line, by label")
+
+
+class VerifyOptions(Section):
+    """The settings of verifying."""
+
+    workers: int = Field(2, ge=1, description="threads that read and decode")
+
+
+def pack_main(argv: Sequence[str] | None = None) -> None:
+    """``pack.py SOURCE OUT [key=value ...]``."""
+    from ssl_vit.data.pack import PackOptions, pack
+
+    def run(words: list[str], options: PackOptions) -> None:
+        pack(words[0], Path(words[1]).expanduser(), **options.model_dump())
+
+    source = "SOURCE is PATH or folder:PATH, hf:NAME_OR_PATH[:SPLIT], builtin:digits, builtin:digits-train or -test."
+    _main("pack.py", f"Pack images into a folder of shards.\n{source}", ["SOURCE", "OUT"], PackOptions, run, argv)
+
+
+def index_main(argv: Sequence[str] | None = None) -> None:
+    """``index.py SHARDS [key=value ...]``."""
+
+    def run(words: list[str], options: IndexOptions) -> None:
+        from tqdm import tqdm
+
+        from ssl_vit.data.index import build_index
+
+        folder = Path(words[0]).expanduser()
+        shards = sorted(folder.glob("*.tar"))
+        if not shards:
+            raise InputError(f"{folder}: no shards (*.tar) in it; give the folder that holds them")
+        index = build_index(shards, folder, _class_names(options.classes, folder), lambda x: tqdm(x, disable=None))
+        labels = f"{len(set(index.samples['label'].tolist()))} labels" if index.labelled else "unlabelled"
+        print(f"{folder}: indexed {len(index)} samples in {len(shards)} shards, {labels}")
+
+    _main("index.py", "Index a folder of tar shards, made by anybody.", ["SHARDS"], IndexOptions, run, argv)
+
+
+def verify_main(argv: Sequence[str] | None = None) -> None:
+    """``verify.py SHARDS [key=value ...]``."""
+
+    def run(words: list[str], options: VerifyOptions) -> None:
+        from ssl_vit.data.verify import verify
+
+        folder = Path(words[0]).expanduser()
+        findings = verify(folder, options.workers)
+        print("\n".join([f"bad  {line}" for line in findings] or [f"{folder}: all shards and images are good"]))
+        if findings:
+            raise InputError(f"{folder}: {len(findings)} findings; pack again, or copy the named shards again")
+
+    _main("verify.py", "Check shards against their index and decode all images.", ["SHARDS"], VerifyOptions, run, argv)
+
+
+def _class_names(file: Path | None, folder: Path) -> list[str] | None:
+    """Class names from a text file; else those that an index made earlier holds, which a new index must not lose."""
+    from ssl_vit.data.index import known_classes
+
+    if file is None:
+        return known_classes(folder)
+    try:
+        return file.read_text(encoding="utf-8").split("\n")[: -1 if file.read_bytes().endswith(b"\n") else None]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"classes={file}: cannot be read: {error}") from None
+
+
+def _main(
+    name: str,
+    text: str,
+    places: list[str],
+    section: type[Options],
+    run: Callable[[list[str], Options], None],
+    argv: Sequence[str] | None,
+) -> None:
+    """Parse, run, and end with exit code 2 and one message if the input is bad."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    usage = f"usage: python pipelines/{name} {' '.join(places)} [key=value ...]"
+    if {"--help", "-h"} & set(words):
+        print("\n".join([text, usage, *help_lines(section)]))
+        return
+    # A key has no slash or dot before its =, so ./a=b is a path.
+    settings = [word for word in words if re.match(r"-|\w+=", word)]
+    given = [word for word in words if word not in settings]
+    try:
+        if len(given) != len(places):
+            raise InputError(f"{len(given)} words given, {' and '.join(places)} needed; {usage}")
+        run(given, check(section, load([], settings)))
+    except InputError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_BAD_INPUT) from None

@@ -1,0 +1,150 @@
+"""Collections of images before packing: folders here, digits and HF datasets in files of their own."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from ssl_vit.config import InputError, nearest
+from ssl_vit.data.formats import EXTENSIONS, HEAD, extension_of, printable, sniff
+
+_TOOL_FILES = frozenset(["thumbs.db", "desktop.ini", "__macosx"])
+
+
+class Images(Protocol):
+    """What can be packed: named, labelled image files in a fixed order."""
+
+    classes: list[str] | None
+    """Class names by label; None if unlabelled."""
+    labels: list[int]
+    """A label for each image; -1 without."""
+    skipped: list[str]
+    """Files that do not claim to be images."""
+    ignored: list[str]
+    """Hidden files and tools' files, which nobody means."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, i: int) -> str:
+        """Where image ``i`` comes from, for messages and the JSON member."""
+        ...
+
+    def read(self, i: int) -> bytes:
+        """The bytes of image ``i``; ``OSError`` or ``ValueError`` if it has none."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Changes whenever the images do, without reading them."""
+        ...
+
+
+def open_images(spec: str, labels: str = "auto", image_column: str = "", label_column: str = "") -> Images:
+    """The images that ``folder:PATH`` (or a plain path), ``hf:NAME[:SPLIT]`` or ``builtin:digits[-train|-test]`` name.
+
+    Raises:
+        InputError: nothing is there, or it holds no images.
+    """
+    kind, colon, rest = spec.partition(":")
+    if kind == "builtin" and colon:
+        from ssl_vit.data.digits import PARTS, DigitImages
+
+        if rest not in PARTS:
+            raise InputError(f"{spec}: no such built-in data{nearest(rest, PARTS)}; allowed: {', '.join(PARTS)}")
+        return DigitImages(rest, labels)
+    if kind == "hf" and colon:
+        from ssl_vit.data.hub import HubImages
+
+        return HubImages(rest, labels, image_column, label_column)
+    return FolderImages(Path(rest if kind == "folder" and colon else spec).expanduser(), labels)
+
+
+class FolderImages:
+    """A folder of image files, any depth; labelled if all images lie in two or more first-level folders.
+
+    Links are followed, each folder once. Files with an image's extension count as images whatever they hold (packing
+    refuses those that are none); other files if they begin like an image.
+
+    Args:
+        root: the folder.
+        labels: ``"auto"``, or ``"none"`` to leave classes alone.
+    """
+
+    def __init__(self, root: Path, labels: str = "auto") -> None:
+        if not root.is_dir():
+            what = "is a file" if root.exists() else "no such folder"
+            raise InputError(f"folder:{root}: {what}; give a folder of images")
+        self.root = root
+        self.skipped: list[str] = []
+        self.ignored: list[str] = []
+        self._files = sorted(self._walk("", set()), key=lambda file: os.fsencode(file[0]))
+        if not self._files:
+            others = [printable(name) for name in self.skipped[:1]]
+            seen = f"; it holds {len(self.skipped)} other files, e.g. {others[0]}" if others else ""
+            raise InputError(f"folder:{root}: no images in it{seen}; allowed: {' '.join(sorted(EXTENSIONS))}")
+        firsts = [name.partition("/")[0] if "/" in name else "" for name, _, _ in self._files]
+        names = sorted(set(firsts), key=os.fsencode)
+        labelled = labels != "none" and len(names) > 1 and "" not in names
+        self.classes = [printable(name) for name in names] if labelled else None
+        number = {name: i for i, name in enumerate(names)}
+        self.labels = [number[first] if labelled else -1 for first in firsts]
+
+    def _walk(self, below: str, visited: set[tuple[int, int]]) -> Iterator[tuple[str, int, int]]:
+        """Yield (relative name, bytes, mtime in ns) of the images; note the rest."""
+        folder = self.root / below
+        status = folder.stat()
+        if (status.st_dev, status.st_ino) in visited:
+            return
+        visited.add((status.st_dev, status.st_ino))
+        with os.scandir(folder) as scan:
+            entries = sorted(scan, key=lambda entry: os.fsencode(entry.name))
+        for entry in entries:
+            name = f"{below}/{entry.name}" if below else entry.name
+            if entry.name.startswith(".") or entry.name.lower() in _TOOL_FILES:
+                self.ignored.append(name)
+            elif entry.is_dir():
+                yield from self._walk(name, visited)
+            elif extension_of(entry.name) in EXTENSIONS or self._begins_like_image(entry):
+                # A link to nowhere has no status: packing refuses it by name.
+                known = entry.stat() if entry.is_file() else None
+                yield (name, known.st_size, known.st_mtime_ns) if known else (name, -1, -1)
+            else:
+                self.skipped.append(name)
+
+    @staticmethod
+    def _begins_like_image(entry: os.DirEntry[str]) -> bool:
+        try:
+            if not entry.is_file():
+                return False
+            with open(entry.path, "rb") as file:
+                return sniff(file.read(HEAD)) is not None
+        except OSError:
+            return False
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def name(self, i: int) -> str:
+        """The path below the folder."""
+        return self._files[i][0]
+
+    def read(self, i: int) -> bytes:
+        """The bytes of image ``i``."""
+        return (self.root / self._files[i][0]).read_bytes()
+
+    def fingerprint(self) -> str:
+        """A hash of all relative names, sizes and times of change."""
+        digest = hashlib.sha256()
+        for name, size, changed in self._files:
+            digest.update(os.fsencode(name) + f"\0{size}\0{changed}\n".encode())
+        return digest.hexdigest()
+
+
+def by_extension(names: Sequence[str]) -> str:
+    """``3 txt, 1 md (labels.txt, ...)``: what kind of files these are, most frequent first."""
+    counts = Counter(extension_of(name) or "without extension" for name in names)
+    kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common(5))
+    return f"{kinds} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"

@@ -1,0 +1,213 @@
+"""The index of a folder of shards: which samples there are, and where their bytes lie.
+
+``index.json`` lists the shards in the layout of a wids index (``shardlist`` with url, nsamples, filesize) plus their
+sha256 and the class names; ``index.samples.npy`` beside it holds one :data:`SAMPLE` record for each sample.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ssl_vit.config import InputError
+from ssl_vit.data.formats import printable
+from ssl_vit.data.tars import SAMPLE, Scan, key_of, member_name, scan_shard
+
+__all__ = ["SAMPLE", "Index", "Shard", "build_index", "read_index", "write_index"]
+
+INDEX = "index.json"
+TABLE = "index.samples.npy"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file: where it is (relative to the index's root, or absolute), samples, bytes, checksum."""
+
+    url: str
+    nsamples: int
+    filesize: int
+    sha256: str
+
+
+class Index:
+    """The samples of a list of shards, shards concatenated in their order.
+
+    Args:
+        root: the folder that the shards' relative urls start from.
+        shards: the shards.
+        samples: SAMPLE records ``(N,)``, usually memory-mapped.
+        classes: class names by label, if known.
+    """
+
+    def __init__(self, root: str, shards: list[Shard], samples: np.ndarray, classes: list[str] | None) -> None:
+        self.root, self.shards, self.samples, self.classes = root, shards, samples, classes
+        self.shard_sizes = np.array([shard.nsamples for shard in shards], dtype=np.int64)
+        self.starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
+        assert len(samples) == self.starts[-1], (len(samples), self.starts[-1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A worker maps the file again instead of receiving the table's bytes.
+        mapped = isinstance(self.samples, np.memmap) and self.samples.filename is not None
+        return {**vars(self), "samples": str(self.samples.filename) if mapped else self.samples}  # type: ignore[attr-defined]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if isinstance(self.samples, str):
+            self.samples = np.load(self.samples, mmap_mode="r")
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether every sample has a label."""
+        return len(self) > 0 and int(self.samples["label"].min()) >= 0
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the data, whatever folder it lies in: sha256 over the shards' names, counts and checksums."""
+        facts = [[os.path.basename(shard.url), shard.nsamples, shard.sha256] for shard in self.shards]
+        return hashlib.sha256(json.dumps([facts, self.classes]).encode()).hexdigest()
+
+    def shard_of(self, sample: int) -> int:
+        """The number of the shard that holds a sample."""
+        assert 0 <= sample < len(self), (sample, len(self))
+        return int(np.searchsorted(self.starts, sample, side="right")) - 1
+
+    def path(self, shard: int) -> str:
+        """The file of a shard."""
+        return os.path.join(self.root, self.shards[shard].url)
+
+    def key(self, sample: int) -> str:
+        """A sample's key, read from its tar header: keys are needed for messages only."""
+        name = member_name(Path(self.path(self.shard_of(sample))), int(self.samples["header"][sample]))
+        return printable(key_of(name))
+
+    def describe(self, sample: int) -> str:
+        """Name a sample in a message, e.g. ``shard-000003.tar: key 0000012``."""
+        url = os.path.basename(self.shards[self.shard_of(sample)].url)
+        try:
+            return f"{url}: key {self.key(sample)}"
+        except Exception:  # a message about a broken shard must not fail on that shard
+            return f"{url}: sample {sample - int(self.starts[self.shard_of(sample)])}"
+
+    def subset(self, shards: Sequence[int]) -> Index:
+        """The index of some of the shards, in the given order."""
+        parts = [self.samples[self.starts[i] : self.starts[i + 1]] for i in shards]
+        return Index(self.root, [self.shards[i] for i in shards], np.concatenate(parts), self.classes)
+
+
+def read_index(folder: str | os.PathLike[str]) -> Index:
+    """Read the index of a folder and check that every shard is there, with the right size.
+
+    Raises:
+        InputError: the index or a shard is missing, unreadable, or they do not belong together.
+    """
+    folder = Path(folder)
+    cure = f"make it anew: python pipelines/index.py {folder}"
+    try:
+        content = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        shards = [Shard(s["url"], s["nsamples"], s["filesize"], s.get("sha256", "")) for s in content["shardlist"]]
+        samples = np.load(folder / TABLE, mmap_mode="r")
+    except FileNotFoundError as error:
+        raise InputError(f"{error.filename}: no such file; {cure}") from None
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        raise InputError(f"{folder / INDEX}: cannot be read ({error}); {cure}") from None
+    if samples.dtype != SAMPLE or len(samples) != sum(shard.nsamples for shard in shards):
+        raise InputError(f"{folder / TABLE}: does not belong to {INDEX} beside it; {cure}")
+    _check_shards(folder, shards, cure)
+    return Index(str(folder), shards, samples, content.get("classes"))
+
+
+def known_classes(folder: Path) -> list[str] | None:
+    """The class names in a folder's index, if it has a readable one."""
+    try:
+        return json.loads((folder / INDEX).read_text(encoding="utf-8")).get("classes")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _check_shards(folder: Path, shards: list[Shard], cure: str) -> None:
+    missing, changed = [], []
+    for shard in shards:
+        try:
+            size = os.stat(folder / shard.url).st_size
+        except OSError:
+            missing.append(shard.url)
+            continue
+        if size != shard.filesize:
+            changed.append(f"{shard.url} has {size} bytes instead of {shard.filesize}")
+    unknown = {path.name for path in folder.glob("*.tar")} - {shard.url for shard in shards}
+    if missing:
+        raise InputError(
+            f"{folder}: {_some(missing)} of {len(shards)} shards in {INDEX} missing; copy them there, or {cure}"
+        )
+    if changed:
+        raise InputError(f"{folder}: {_some(changed)}; copy the shard again, or if it is right, {cure}")
+    # An index in the cache lists shards elsewhere by absolute path; tars beside an index are its shards.
+    if unknown:
+        raise InputError(f"{folder}: {_some(sorted(unknown))} not in {INDEX}; {cure}")
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def write_index(folder: Path, shards: list[Shard], samples: np.ndarray, classes: list[str] | None) -> None:
+    """Write table and index of a folder, each at once and the index last: it says that all is there."""
+    for name, write in (
+        (TABLE, lambda file: np.save(file, samples, allow_pickle=False)),
+        (INDEX, lambda file: file.write(_as_json(shards, classes).encode())),
+    ):
+        temporary = folder / f".{name}.{os.getpid()}"
+        with temporary.open("wb") as file:
+            write(file)
+        os.replace(temporary, folder / name)
+
+
+def _as_json(shards: list[Shard], classes: list[str] | None) -> str:
+    content = {
+        "__kind__": "wids-shard-index-v1",
+        "wids_version": 1,
+        "shardlist": [asdict(shard) for shard in shards],
+        "classes": classes,
+        "samples": TABLE,
+    }
+    return json.dumps(content, indent=1) + "\n"
+
+
+def build_index(
+    paths: Iterable[str | os.PathLike[str]],
+    out_folder: str | os.PathLike[str],
+    classes: list[str] | None = None,
+    progress: Callable[[Iterable[Path]], Iterable[Path]] = iter,
+) -> Index:
+    """Scan shards made by anybody and write their index into a folder (which may be another than theirs).
+
+    Raises:
+        InputError: a shard cannot be read as samples (see :func:`~ssl_vit.data.tars.scan_shard`), or there is none.
+    """
+    out = Path(out_folder)
+    files = [Path(path) for path in paths]
+    scans: list[Scan] = [scan_shard(file) for file in progress(files)]
+    samples = np.concatenate([scan.samples for scan in scans]) if scans else np.empty(0, SAMPLE)
+    if len(samples) == 0:
+        raise InputError(f"{', '.join(map(str, files[:3])) or out}: no samples to index; give tar shards with images")
+    labels = samples["label"]
+    if classes is not None and labels.max() >= len(classes):
+        raise InputError(f"{out}: a sample has label {labels.max()}, but only {len(classes)} class names are given")
+    home = out.resolve()
+    shards = []
+    for file, scan in zip(files, scans, strict=True):
+        url = file.name if file.resolve().parent == home else str(file.absolute())
+        shards.append(Shard(url, len(scan.samples), scan.filesize, scan.sha256))
+    out.mkdir(parents=True, exist_ok=True)
+    write_index(out, shards, samples, classes)
+    return read_index(out)

@@ -1,0 +1,210 @@
+"""From views to batches: worker processes, the copy to the device and the normalisation there.
+
+The training set is a map-style dataset whose item i is the i-th micro-batch of this process, so neither the number of
+workers nor prefetching can change what a step sees.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ssl_vit.config import InputError
+from ssl_vit.data.decode import BadSample, decode
+from ssl_vit.data.index import Index
+from ssl_vit.data.order import Stream, derive_seed, rank_positions, replacement_positions
+from ssl_vit.data.reader import Reader
+from ssl_vit.data.views import seed_generators
+
+View = Callable[[dict[str, Any]], dict[str, Tensor]]
+Batch = dict[str, Tensor]
+
+NORMALISED = ("image", "global_views", "local_views")
+VIEW_SEED, STEP_SEED = 1, 2
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """How bytes become pixels and pixels become numbers, the same in training, evaluation and export.
+
+    Args:
+        mean: per channel, of pixels in [0, 1].
+        std: per channel.
+        in_chans: channels of a decoded image.
+        crop_pct: share of the shorter side that evaluation's centre crop keeps.
+        interpolation: evaluation's resize filter.
+        max_pixels: larger images are bad samples.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    in_chans: int = 3
+    crop_pct: float = 0.875
+    interpolation: str = "bicubic"
+    max_pixels: int = 178_956_970
+
+    def to_device(self, batch: Batch, device: torch.device) -> Batch:
+        """Copy a uint8 batch to the device and normalise its images there, in float32."""
+        moved = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+        mean = torch.tensor(self.mean, device=device).view(-1, 1, 1)
+        std = torch.tensor(self.std, device=device).view(-1, 1, 1)
+        for key in NORMALISED:
+            if key in moved:
+                moved[key] = (moved[key].float() / 255 - mean) / std
+        return moved
+
+
+@dataclass
+class BadReport:
+    """Samples that did not decode, with the reason, on their way from a worker to the main process."""
+
+    source: int
+    sample: int
+    name: str
+    reason: str
+    position: int = -1
+
+
+@dataclass
+class TrainBatches(Dataset):
+    """Item i is micro-batch i of this process: a dict of stacked tensors, and reports of bad samples.
+
+    Args:
+        indexes: one index a source, in the order of the stream's sources.
+        stream: the order of samples.
+        view: sample -> dict of tensors.
+        pixels: decoding limits.
+        seed: of the run; the seed of a view is (run seed, position).
+        batch_size: global, over all processes and micro-batches.
+        micro_batch_size: of this process.
+        rank: of this process.
+        num_ranks: number of processes.
+        on_bad: ``"skip"`` replaces a sample that does not decode, ``"stop"`` raises.
+    """
+
+    indexes: Sequence[Index]
+    stream: Stream
+    view: View
+    pixels: Pixels
+    seed: int
+    batch_size: int
+    micro_batch_size: int
+    rank: int = 0
+    num_ranks: int = 1
+    on_bad: str = "skip"
+    readers: list[Reader] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.readers = [Reader(index) for index in self.indexes]
+        self.accumulation = self.batch_size // self.num_ranks // self.micro_batch_size
+        assert self.accumulation * self.micro_batch_size * self.num_ranks == self.batch_size
+
+    def positions(self, item: int) -> list[int]:
+        """The stream positions of micro-batch ``item``."""
+        step, micro = divmod(item, self.accumulation)
+        mine = rank_positions(step, self.rank, self.num_ranks, self.batch_size, self.stream.num_lanes)
+        return [int(p) for p in mine[micro * self.micro_batch_size : (micro + 1) * self.micro_batch_size]]
+
+    def __getitem__(self, item: int) -> tuple[Batch, list[BadReport]]:
+        """Read, decode and view one micro-batch."""
+        reports: list[BadReport] = []
+        views = [self._view_at(position, reports) for position in self.positions(item)]
+        return {key: torch.stack([view[key] for view in views]) for key in views[0]}, reports
+
+    def _view_at(self, position: int, reports: list[BadReport]) -> dict[str, Tensor]:
+        image, label = self._good_image(position, reports)
+        seed_generators(derive_seed(self.seed, VIEW_SEED, position))
+        view = self.view({"image": image, "label": label})
+        view["index"] = torch.tensor(position)
+        return view
+
+    def _good_image(self, position: int, reports: list[BadReport]) -> tuple[Tensor, int]:
+        for candidate in (position, *replacement_positions(position, self.batch_size)):
+            source, sample = self.stream.locate(candidate)
+            try:
+                return _load(self.indexes[source], self.readers[source], sample, self.pixels)
+            except BadSample as error:
+                name = self.indexes[source].describe(sample)
+                if self.on_bad == "stop":
+                    raise InputError(f"{name}: {error}; data.bad_samples=skip replaces such samples") from None
+                if candidate == position:
+                    reports.append(BadReport(source, sample, name, str(error), position))
+        step = position // self.batch_size
+        raise InputError(f"step {step}: none of the {self.batch_size} samples of the batch decodes; check the data")
+
+
+@dataclass
+class EvalBatches(Dataset):
+    """Item i is the i-th batch of this process's share of an evaluation set; bad samples are left out and reported.
+
+    Args:
+        index: where the samples are.
+        samples: sample numbers of this process, in order.
+        view: without randomness.
+        pixels: decoding limits.
+        batch_size: samples a batch.
+    """
+
+    index: Index
+    samples: Sequence[int]
+    view: View
+    pixels: Pixels
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        self.reader = Reader(self.index)
+
+    def __len__(self) -> int:
+        return -(-len(self.samples) // self.batch_size)
+
+    def __getitem__(self, item: int) -> tuple[Batch, list[BadReport]]:
+        """One batch, its ``index`` being the places of its samples in ``samples``; it may be empty."""
+        reports, views = [], []
+        start = item * self.batch_size
+        for place in range(start, min(start + self.batch_size, len(self.samples))):
+            sample = int(self.samples[place])
+            try:
+                image, label = _load(self.index, self.reader, sample, self.pixels)
+            except BadSample as error:
+                reports.append(BadReport(0, sample, self.index.describe(sample), str(error)))
+                continue
+            view = self.view({"image": image, "label": label})
+            view["index"] = torch.tensor(place)
+            views.append(view)
+        return {key: torch.stack([view[key] for view in views]) for key in (views[0] if views else ())}, reports
+
+
+def _load(index: Index, reader: Reader, sample: int, pixels: Pixels) -> tuple[Tensor, int]:
+    image = decode(reader.read(sample), in_chans=pixels.in_chans, max_pixels=pixels.max_pixels)
+    return image, int(index.samples["label"][sample])
+
+
+def iterate(
+    batches: TrainBatches | EvalBatches, items: Sequence[int], workers: int, pin_memory: bool = False
+) -> Iterator[tuple[Batch, list[BadReport]]]:
+    """Batches ``items`` in order, read ahead by ``workers`` processes (0: in this process)."""
+    loader = DataLoader(
+        batches,
+        batch_size=None,
+        sampler=items,  # pyright: ignore[reportArgumentType]
+        num_workers=min(workers, len(items)),
+        pin_memory=pin_memory,
+        worker_init_fn=_start_worker if workers else None,
+        prefetch_factor=4 if workers and len(items) else None,
+        # an own generator: the loader's base seed must not be drawn from the generator of the training step
+        generator=torch.Generator(),
+    )
+    return iter(loader)
+
+
+def _start_worker(worker: int) -> None:
+    """One thread a worker; stopping is the main process's to handle."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,0 +1,68 @@
+"""From a sample's place to its bytes."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from typing import Any
+
+from ssl_vit.data.index import Index
+
+
+class ReadError(OSError):
+    """Bytes that could not be read. Never the sample's fault: a run retries and stops, it does not skip."""
+
+
+class _File:
+    """An open file that closes when nobody uses it any more, so that a reading thread never loses it."""
+
+    def __init__(self, path: str) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+class Reader:
+    """Reads images out of local shards, each with one ``pread`` at the indexed offset.
+
+    Safe in threads and after a fork (a read moves no file position); travels to a worker without its open files.
+
+    Args:
+        index: the shards.
+        max_open: files kept open at most.
+    """
+
+    def __init__(self, index: Index, max_open: int = 128) -> None:
+        self.index, self.max_open = index, max_open
+        self._open = lru_cache(max_open)(_File)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"index": self.index, "max_open": self.max_open}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["index"], state["max_open"])
+
+    def read(self, sample: int) -> bytes:
+        """The bytes of a sample's image.
+
+        Raises:
+            ReadError: naming the shard and the key.
+        """
+        index = self.index
+        path = index.path(index.shard_of(sample))
+        _, offset, size, _ = index.samples[sample].item()
+        try:
+            descriptor = self._open(path).descriptor
+            data = os.pread(descriptor, size, offset)
+            while len(data) < size and (more := os.pread(descriptor, size - len(data), offset + len(data))):
+                data += more
+        except OSError as error:
+            raise ReadError(f"{path}: {index.describe(sample)}: {error.strerror or error}") from error
+        if len(data) < size:
+            raise ReadError(
+                f"{path}: {index.describe(sample)}: {len(data)} of {size} bytes could be read, the file ends there; "
+                "it has changed since the run began"
+            )
+        return data

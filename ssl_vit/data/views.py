@@ -1,0 +1,110 @@
+"""From a decoded sample to a view; all randomness of a sample is drawn here, from generators seeded per view.
+
+A view is a picklable callable that runs in the loader's workers: it takes ``{"image": uint8 (C, H, W), "label": int}``
+and returns a dict of tensors without a batch axis.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ssl_vit.data.masking import random_mask
+
+
+def seed_generators(seed: int) -> None:
+    """Seed the three default generators (random, numpy, torch on the CPU) that views and timm draw from.
+
+    ``torch.manual_seed`` is not used: in a worker of a CUDA build each call queues another one for later.
+    """
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(seed & 0x7FFFFFFFFFFFFFFF)
+
+
+def resize(image: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
+    """Antialiased resize of a uint8 (C, H, W) image to (C, *size)."""
+    if tuple(image.shape[-2:]) == size:
+        return image
+    return F.interpolate(image[None], size, mode=interpolation, antialias=True, align_corners=False)[0]
+
+
+@dataclass(frozen=True)
+class CropView:
+    """Random resized crop and horizontal flip.
+
+    Args:
+        img_size: (H, W) of the view.
+        crop_scale: smallest and largest share of the image's area that a crop covers.
+        crop_ratio: smallest and largest aspect ratio of a crop.
+        flip: probability of a horizontal flip.
+        interpolation: ``"bicubic"`` or ``"bilinear"``, antialiased.
+    """
+
+    img_size: tuple[int, int]
+    crop_scale: tuple[float, float]
+    crop_ratio: tuple[float, float]
+    flip: float
+    interpolation: str
+
+    def crop(self, image: Tensor) -> Tensor:
+        """uint8 (C, H, W) to uint8 (C, *img_size)."""
+        from torchvision.transforms import RandomResizedCrop
+
+        top, left, height, width = RandomResizedCrop.get_params(image, list(self.crop_scale), list(self.crop_ratio))
+        view = resize(image[:, top : top + height, left : left + width], self.img_size, self.interpolation)
+        return view.flip(-1) if self.flip and torch.rand(()) < self.flip else view
+
+    def __call__(self, sample: dict[str, Any]) -> dict[str, Tensor]:
+        """One augmented image and its label (-1 if it has none)."""
+        return {"image": self.crop(sample["image"]), "label": torch.tensor(sample["label"])}
+
+
+@dataclass(frozen=True)
+class MaskedView(CropView):
+    """A crop and a random mask over its patches (MAE, arXiv 2111.06377).
+
+    Args:
+        grid_size: (h, w) of the patch grid.
+        mask_ratio: share of the patches that are masked.
+    """
+
+    grid_size: tuple[int, int]
+    mask_ratio: float
+
+    def __call__(self, sample: dict[str, Any]) -> dict[str, Tensor]:
+        """``image`` uint8 (C, H, W) and ``mask`` bool (N,)."""
+        return {"image": self.crop(sample["image"]), "mask": random_mask(self.grid_size, self.mask_ratio)}
+
+
+@dataclass(frozen=True)
+class CentreView:
+    """The view of evaluations: shorter side to ``img_size / crop_pct``, centre crop; nothing random.
+
+    Args:
+        img_size: (H, W) of the view.
+        crop_pct: share of the resized shorter side that the crop keeps.
+        interpolation: ``"bicubic"`` or ``"bilinear"``, antialiased.
+    """
+
+    img_size: tuple[int, int]
+    crop_pct: float
+    interpolation: str
+
+    def __call__(self, sample: dict[str, Any]) -> dict[str, Tensor]:
+        """``image`` uint8 (C, H, W) and its label (-1 if it has none)."""
+        image: Tensor = sample["image"]
+        height, width = image.shape[-2:]
+        target_height, target_width = self.img_size
+        scale = max(target_height / height, target_width / width) / self.crop_pct
+        size = (max(round(height * scale), target_height), max(round(width * scale), target_width))
+        image = resize(image, size, self.interpolation)
+        top, left = (size[0] - target_height) // 2, (size[1] - target_width) // 2
+        image = image[:, top : top + target_height, left : left + target_width]
+        return {"image": image, "label": torch.tensor(sample["label"])}

@@ -1,0 +1,122 @@
+"""What every encoder promises: an image in, tokens out, and all that is needed to build it again."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from ssl_vit.config import nearest
+
+FAMILIES = {"vit_": "ssl_vit.encoders.vit:ViT"}
+"""First letters of the timm names and the class that builds them."""
+
+
+class Tokens(NamedTuple):
+    """The output of an encoder, final norm applied.
+
+    Attributes:
+        prefix: (B, P, D) class token and registers; P may be 0.
+        patches: (B, N, D), row by row; (B, L, D) if patches were dropped.
+    """
+
+    prefix: Tensor
+    patches: Tensor
+
+
+class Encoder(nn.Module):
+    """A network around a timm model, which is all that is exported.
+
+    Attributes:
+        model: the timm model.
+        name: its timm architecture.
+        embed_dim: width of the pooled feature.
+        token_dim: width of the tokens.
+        patch_size: side of a patch in pixels.
+        grid_size: (h, w) patches.
+        img_size: (H, W) pixels.
+        in_chans: channels of the image.
+        num_prefix_tokens: tokens before the patches.
+        drops_patches: whether :meth:`forward_visible` exists, i.e. no patch sees another before the first block.
+        grad_checkpointing: whether activations are computed again in the backward pass.
+    """
+
+    model: nn.Module
+    name: str
+    embed_dim: int
+    token_dim: int
+    patch_size: int
+    grid_size: tuple[int, int]
+    img_size: tuple[int, int]
+    in_chans: int
+    num_prefix_tokens: int
+    drops_patches: bool = False
+    grad_checkpointing: bool = False
+
+    def forward(self, image: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None) -> Tokens:
+        """Encode an image; masked patches are replaced by the mask token before the positions are added.
+
+        Args:
+            image: (B, C, H, W), normalised.
+            mask: bool (B, N), True = masked.
+            mask_token: (1, 1, D), needed with ``mask``.
+        """
+        raise NotImplementedError
+
+    def forward_visible(self, image: Tensor, keep: Tensor) -> Tokens:
+        """Encode some patches of an image as if the others did not exist.
+
+        Args:
+            image: (B, C, H, W), normalised.
+            keep: int64 (B, L), indices of the visible patches; the tokens come in this order.
+        """
+        raise ValueError(f"encoder.name={self.name!r}: this encoder cannot drop patches; allowed: a plain vit_*")
+
+    def pool(self, tokens: Tokens) -> Tensor:
+        """The feature of an image, (B, D), as timm's own forward gives it."""
+        raise NotImplementedError
+
+    def config(self) -> dict[str, Any]:
+        """Constructor arguments that build this encoder again; plain types."""
+        raise NotImplementedError
+
+    def timm_config(self) -> tuple[str, dict[str, Any]]:
+        """Architecture and arguments with which ``timm.create_model`` alone builds ``self.model``."""
+        raise NotImplementedError
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameter names that the supervised recipes of this architecture do not decay."""
+        names = getattr(self.model, "no_weight_decay", set)()
+        return {f"model.{name}" for name in names}
+
+
+def encoder_class_of(name: str) -> type[Encoder]:
+    """The class that builds the timm model ``name``.
+
+    Raises:
+        ValueError: no encoder of ours is built from it.
+    """
+    for prefix, target in FAMILIES.items():
+        if name.startswith(prefix):
+            module, _, attribute = target.partition(":")
+            return getattr(importlib.import_module(module), attribute)
+    import timm
+
+    names = [known for prefix in FAMILIES for known in timm.list_models(f"{prefix}*")]
+    allowed = ", ".join(f"{prefix}*" for prefix in FAMILIES)
+    raise ValueError(f"no encoder is built from {name!r}{nearest(name, names)}; allowed: timm names {allowed}")
+
+
+def create_encoder(*, name: str, data: Any = None, **config: Any) -> Encoder:
+    """Build an encoder from its name and the arguments of its class.
+
+    Args:
+        name: timm name.
+        data: preprocessing stated beside the arguments by :func:`ssl_vit.encoders.weights.encoder_config`; not used.
+        config: arguments of the class.
+
+    Raises:
+        ValueError: a name or argument that is not possible.
+    """
+    return encoder_class_of(name)(name=name, **config)

@@ -1,0 +1,38 @@
+"""The fixed 2-D sine-cosine position table of MAE, for encoders and decoders."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def sincos2d_table(grid_size: tuple[int, int], embed_dim: int, num_prefix_tokens: int = 0) -> Tensor:
+    """Position table of MAE (arXiv 2111.06377, section A.1): first half of the channels for x, second half for y.
+
+    Each half is the sines of ``embed_dim / 4`` frequencies (float64, base 10000), then their cosines. Prefix tokens
+    have the position zero.
+
+    Args:
+        grid_size: (h, w) of the patch grid.
+        embed_dim: channels of the table.
+        num_prefix_tokens: rows of zeros in front.
+
+    Returns:
+        (1, P + N, D), float32; patches row by row.
+
+    Raises:
+        ValueError: ``embed_dim`` is not divisible by 4.
+    """
+    if embed_dim % 4:
+        raise ValueError(
+            f"embed_dim={embed_dim}: allowed with sine-cosine positions: multiples of 4; "
+            f"nearest: {max(round(embed_dim / 4), 1) * 4}"
+        )
+    height, width = grid_size
+    quarter = embed_dim // 4
+    frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    x = torch.arange(width, dtype=torch.float64).repeat(height).outer(frequencies)  # (N, D/4)
+    y = torch.arange(height, dtype=torch.float64).repeat_interleave(width).outer(frequencies)  # (N, D/4)
+    patches = torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)  # (N, D)
+    prefix = torch.zeros(num_prefix_tokens, embed_dim, dtype=torch.float64)
+    return torch.cat([prefix, patches])[None].float()

@@ -1,0 +1,273 @@
+"""Plain Vision Transformers of timm, with patch dropping before the projection."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from ssl_vit.config import nearest
+from ssl_vit.encoders.base import Encoder, Tokens
+from ssl_vit.encoders.positions import sincos2d_table
+
+
+class ViT(Encoder):
+    """Vision Transformer (arXiv 2010.11929) as timm builds it; all published checkpoints of MAE use this layout.
+
+    Args:
+        name: timm architecture, e.g. vit_base_patch16_224; the size at its end may be left out
+        img_size: height and width in pixels, or one number for both
+        patch_size: side of a patch in pixels; default: the architecture's
+        in_chans: channels of the image
+        embed_dim: width; default: the architecture's
+        depth: number of blocks; default: the architecture's
+        num_heads: attention heads; default: the architecture's, or with embed_dim given as many as make heads 64
+            wide (or the next smaller width that divides it)
+        mlp_ratio: hidden width of the MLPs over embed_dim; default: the architecture's
+        pos_embed: sincos2d: fixed table of MAE; learned: trained, random at first
+        class_token: put a class token in front
+        global_pool: feature of the image: token: the class token; avg: mean of the patches, both after the final norm
+        drop_path_rate: stochastic depth, rising linearly to this rate in the last block
+        grad_checkpointing: compute activations again in the backward pass; slower, much less memory
+
+    Raises:
+        ValueError: an unknown name or an impossible value.
+    """
+
+    drops_patches = True
+
+    def __init__(
+        self,
+        name: str,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | None = None,
+        in_chans: int = 3,
+        embed_dim: int | None = None,
+        depth: int | None = None,
+        num_heads: int | None = None,
+        mlp_ratio: float | None = None,
+        pos_embed: Literal["sincos2d", "learned"] = "sincos2d",
+        class_token: bool = True,
+        global_pool: Literal["token", "avg"] = "token",
+        drop_path_rate: float = 0.0,
+        grad_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.name = timm_name(name)
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        _check_numbers(patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
+        _check_choices(pos_embed, global_pool, class_token, drop_path_rate)
+        if embed_dim is not None:
+            num_heads = num_heads or _default_heads(embed_dim)
+        self.img_size = (int(height), int(width))
+        self._given = {
+            "in_chans": in_chans,
+            "mlp_ratio": mlp_ratio,
+            "class_token": class_token,
+            "global_pool": global_pool,
+        }
+        self.pos_embed, self.global_pool, self.drop_path_rate = pos_embed, global_pool, drop_path_rate
+        self.grad_checkpointing = grad_checkpointing
+        self._build({"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads})
+
+    def _build(self, sizes: dict[str, int | None]) -> None:
+        import timm
+
+        default = _architecture(self.name)
+        sizes = {key: default[key] if value is None else value for key, value in sizes.items()}
+        patch, embed_dim, num_heads = (cast(int, sizes[key]) for key in ("patch_size", "embed_dim", "num_heads"))
+        for axis, pixels in zip(("height", "width"), self.img_size, strict=True):
+            if pixels < patch or pixels % patch:
+                near = max(round(pixels / patch), 1) * patch
+                raise ValueError(
+                    f"img_size={_short(self.img_size)}: its {axis} {pixels} should be a multiple of "
+                    f"patch_size={patch}; nearest: {near}"
+                )
+        if embed_dim % num_heads:
+            heads = [n for n in range(1, embed_dim + 1) if embed_dim % n == 0]
+            raise ValueError(
+                f"num_heads={num_heads}: should divide embed_dim={embed_dim}; "
+                f"nearest: {min(heads, key=lambda n: abs(n - num_heads))}"
+            )
+        self._arguments = {**self._given, **sizes}
+        architecture, arguments = self.timm_config()
+        self.model = timm.create_model(architecture, drop_path_rate=self.drop_path_rate, **arguments)
+        self.embed_dim = self.token_dim = embed_dim
+        self.patch_size, self.in_chans = patch, cast(int, self._given["in_chans"])
+        self.grid_size = (self.img_size[0] // patch, self.img_size[1] // patch)
+        self.num_prefix_tokens = cast(int, self.model.num_prefix_tokens)
+        if self.pos_embed == "sincos2d":
+            with torch.no_grad():
+                self.model.pos_embed.copy_(self.position_table())
+            self.model.pos_embed.requires_grad_(False)
+
+    def position_table(self) -> Tensor:
+        """The fixed table of this grid, (1, P + N, D) (or (1, N, D) where prefix tokens have no position)."""
+        return sincos2d_table(self.grid_size, self.embed_dim, self.num_positions_before_patches)
+
+    @property
+    def num_positions_before_patches(self) -> int:
+        """Rows of the position table that belong to prefix tokens."""
+        return 0 if self.model.no_embed_class else self.num_prefix_tokens
+
+    def config(self) -> dict[str, Any]:
+        """Constructor arguments that build this encoder again; plain types."""
+        return {
+            "name": self.name,
+            "img_size": list(self.img_size),
+            **self._arguments,
+            "pos_embed": self.pos_embed,
+            "drop_path_rate": self.drop_path_rate,
+            "grad_checkpointing": self.grad_checkpointing,
+        }
+
+    def timm_config(self) -> tuple[str, dict[str, Any]]:
+        """Architecture and arguments with which ``timm.create_model`` alone builds ``self.model``."""
+        given = {key: value for key, value in self._arguments.items() if value is not None}
+        return self.name, {**given, "img_size": self.img_size, "num_classes": 0, "fc_norm": False}
+
+    def forward(self, image: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None) -> Tokens:
+        """Encode an image; masked patches are replaced by the mask token before the positions are added.
+
+        Args:
+            image: (B, C, H, W), normalised.
+            mask: bool (B, N), True = masked.
+            mask_token: (1, 1, D), needed with ``mask``.
+        """
+        self._check_image(image)
+        patches = self.model.patch_embed(image)  # (B, N, D)
+        if mask is not None:
+            assert mask_token is not None, "a mask needs a mask token"
+            patches = torch.where(mask[..., None], mask_token.to(patches.dtype), patches)
+        return self._encode(patches + self.model.pos_embed[:, self.num_positions_before_patches :])
+
+    def forward_visible(self, image: Tensor, keep: Tensor) -> Tokens:
+        """Encode some patches of an image as if the others did not exist (MAE, section 3, "MAE encoder").
+
+        Pixels of visible patches are gathered before the projection, so dropped patches cost nothing.
+
+        Args:
+            image: (B, C, H, W), normalised.
+            keep: int64 (B, L), indices of the visible patches; the tokens come in this order.
+        """
+        self._check_image(image)
+        embed = self.model.patch_embed
+        (h, w), p = self.grid_size, self.patch_size
+        grid = image.unflatten(3, (w, p)).unflatten(2, (h, p)).permute(0, 2, 4, 1, 3, 5)  # (B, h, w, C, p, p), a view
+        rows = torch.arange(len(image), device=image.device)[:, None]
+        pixels = grid[rows, keep // w, keep % w].flatten(2)  # (B, L, C p p)
+        patches = embed.norm(F.linear(pixels, embed.proj.weight.flatten(1), embed.proj.bias))  # (B, L, D)
+        return self._encode(patches + self.model.pos_embed[0, self.num_positions_before_patches :][keep])
+
+    def pool(self, tokens: Tokens) -> Tensor:
+        """The feature of an image, (B, D), as timm's own forward gives it."""
+        return tokens.prefix[:, 0] if self.global_pool == "token" else tokens.patches.mean(dim=1)
+
+    def _encode(self, patches: Tensor) -> Tokens:
+        """Blocks and final norm over prefix tokens and embedded patches (B, L, D)."""
+        model, num_prefix = self.model, self.num_prefix_tokens
+        parts = [token for token in (model.cls_token, model.reg_token) if token is not None]
+        if parts:
+            prefix = torch.cat(parts, dim=1)  # (1, P, D)
+            if self.num_positions_before_patches:
+                prefix = prefix + model.pos_embed[:, :num_prefix]
+            patches = torch.cat([prefix.expand(len(patches), -1, -1).to(patches.dtype), patches], dim=1)
+        tokens = run_blocks(model.blocks, model.norm_pre(patches), self.grad_checkpointing)
+        tokens = model.norm(tokens)
+        return Tokens(tokens[:, :num_prefix], tokens[:, num_prefix:])
+
+    def _check_image(self, image: Tensor) -> None:
+        if tuple(image.shape[1:]) != (self.in_chans, *self.img_size):
+            raise ValueError(
+                f"image of shape {tuple(image.shape)}: this encoder takes (B, {self.in_chans}, {self.img_size[0]}, "
+                f"{self.img_size[1]}); build it with in_chans and img_size of the images, or crop them to it"
+            )
+
+
+def transformer_blocks(embed_dim: int, depth: int, num_heads: int, mlp_ratio: float) -> nn.ModuleList:
+    """Pre-norm blocks as a plain ViT has them: biases everywhere, LayerNorm with eps 1e-6."""
+    from timm.models.vision_transformer import Block
+
+    arguments: dict[str, Any] = {"mlp_ratio": mlp_ratio, "qkv_bias": True}
+    return nn.ModuleList(Block(embed_dim, num_heads, **arguments) for _ in range(depth))
+
+
+def run_blocks(blocks: Iterable[nn.Module], tokens: Tensor, grad_checkpointing: bool = False) -> Tensor:
+    """Apply blocks to tokens (B, T, D); with ``grad_checkpointing`` only the blocks' inputs are kept."""
+    recompute = grad_checkpointing and torch.is_grad_enabled()
+    for block in blocks:
+        tokens = cast(Tensor, checkpoint(block, tokens, use_reentrant=False) if recompute else block(tokens))
+    return tokens
+
+
+@cache
+def _architectures() -> tuple[str, ...]:
+    """timm's plain ViTs that begin with vit_."""
+    import timm
+
+    return tuple(name for name in timm.list_models(module="vision_transformer") if name.startswith("vit_"))
+
+
+def timm_name(name: str) -> str:
+    """The timm architecture meant by ``name``: itself, or ``name`` with the first size timm has for it.
+
+    Raises:
+        ValueError: timm has no such plain ViT.
+    """
+    names = _architectures()
+    sized = [known for known in names if known.rpartition("_")[0] == name and known.rpartition("_")[2].isdigit()]
+    if name in names:
+        return name
+    if sized:
+        return min(sized, key=lambda known: (not known.endswith("_224"), known))
+    raise ValueError(
+        f"name={name!r}: timm has no such plain ViT{nearest(name, names)}; allowed: "
+        "vit_{tiny,small,base,large,huge}_patch{8,14,16,32}_224 and timm.list_models('vit_*')"
+    )
+
+
+@cache
+def _architecture(name: str) -> dict[str, int]:
+    """Sizes that timm gives an architecture."""
+    import timm
+
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=0)
+    return {
+        "patch_size": model.patch_embed.patch_size[0],
+        "embed_dim": model.embed_dim,
+        "depth": len(model.blocks),
+        "num_heads": model.blocks[0].attn.num_heads,
+    }
+
+
+def _default_heads(embed_dim: int) -> int:
+    return embed_dim // max(width for width in range(1, 65) if embed_dim % width == 0)
+
+
+def _short(size: tuple[int, int]) -> str:
+    return str(size[0]) if size[0] == size[1] else str(list(size))
+
+
+def _check_numbers(**values: int | None) -> None:
+    for key, value in values.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{key}={value}: allowed: whole numbers from 1; nearest: 1")
+
+
+def _check_choices(pos_embed: str, global_pool: str, class_token: bool, drop_path_rate: float) -> None:
+    for key, value, allowed in (
+        ("pos_embed", pos_embed, ("sincos2d", "learned")),
+        ("global_pool", global_pool, ("token", "avg")),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{key}={value!r}: allowed: {', '.join(allowed)}{nearest(str(value), allowed)}")
+    if global_pool == "token" and not class_token:
+        raise ValueError("global_pool='token': needs class_token=true; allowed without a class token: avg")
+    if not 0 <= drop_path_rate < 1:
+        raise ValueError(f"drop_path_rate={drop_path_rate}: allowed: 0 to below 1; nearest: {0.0 if drop_path_rate < 0 else 0.9}")

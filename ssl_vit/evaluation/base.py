@@ -1,0 +1,146 @@
+"""What an evaluation gets and gives: a trained objective and labelled sets in, a dict of numbers out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ssl_vit.config import InputError
+from ssl_vit.data.index import Index
+from ssl_vit.data.loader import BadReport, Pixels
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Some samples of an index, in a stated order.
+
+    Args:
+        index: the shards.
+        samples: sample numbers, int64 (n,).
+    """
+
+    index: Index
+    samples: np.ndarray
+
+    @classmethod
+    def all(cls, index: Index) -> Subset:
+        """Every sample of an index."""
+        return cls(index, np.arange(len(index)))
+
+    @classmethod
+    def spread(cls, index: Index, count: int) -> Subset:
+        """At most ``count`` samples at even distances."""
+        count = min(count, len(index))
+        return cls(index, np.arange(count) * len(index) // count)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 (n,)."""
+        return np.asarray(self.index.samples["label"][self.samples], dtype=np.int64)
+
+
+def split_by_key(subset: Subset, share: float) -> tuple[Subset, Subset]:
+    """Two parts of a labelled set, stratified by class and decided by the hash of each sample's key.
+
+    Args:
+        subset: labelled samples.
+        share: of each class that goes to the second part, at least one sample of a class with two or more.
+    """
+    digests = [hashlib.sha256(subset.index.key(int(sample)).encode()).digest() for sample in subset.samples]
+    order = sorted(range(len(digests)), key=lambda i: (digests[i], int(subset.samples[i])))
+    labels = subset.labels
+    second = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        members = [i for i in order if labels[i] == label]
+        count = min(max(round(len(members) * share), 1), len(members) - 1)
+        second[members[:count]] = True
+    return Subset(subset.index, subset.samples[~second]), Subset(subset.index, subset.samples[second])
+
+
+@dataclass
+class Subject:
+    """What is being judged, with features that are extracted once and shared by all evaluations of a step.
+
+    Args:
+        objective: as prepared for training, or plain; called only through its own forward.
+        pool: ``encoder.pool``, which needs no weights.
+        img_size: (H, W) of the evaluation view.
+        pixels: decoding, normalisation, centre crop.
+        device: where the objective is.
+        images: pictures for label-free measures.
+        probe: labelled samples that probes train on, None without labels.
+        val: labelled samples that are scored, None without labels.
+        seed: of the run.
+        batch_size: images a forward pass.
+        workers: loader processes.
+        step: optimizer steps done.
+        picture: called with a name and a uint8 (H, W, 3) picture.
+        on_bad: called with the samples that did not decode.
+    """
+
+    objective: nn.Module
+    pool: Callable[[object], Tensor]
+    img_size: tuple[int, int]
+    pixels: Pixels
+    device: torch.device
+    images: Subset
+    probe: Subset | None = None
+    val: Subset | None = None
+    seed: int = 0
+    batch_size: int = 256
+    workers: int = 0
+    step: int = 0
+    picture: Callable[[str, np.ndarray], None] = lambda name, image: None
+    on_bad: Callable[[list[BadReport]], None] = lambda reports: None
+    _features: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def features(self, part: str) -> tuple[Tensor, Tensor]:
+        """Pooled features float32 (n, D) and labels int64 (n,) of ``"probe"``, ``"val"`` or ``"images"``.
+
+        Raises:
+            InputError: the set has no labels or is not there.
+        """
+        from ssl_vit.evaluation.features import extract
+
+        if part not in self._features:
+            self._features[part] = extract(self, self.subset(part))
+        return self._features[part]
+
+    def subset(self, part: str) -> Subset:
+        """The samples of ``"probe"``, ``"val"`` or ``"images"``."""
+        subset = {"probe": self.probe, "val": self.val, "images": self.images}[part]
+        if subset is None:
+            raise InputError(f"data.{part}: this evaluation needs labelled images; give data.val=... (and data.probe=...)")
+        return subset
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes of the labelled sets."""
+        parts = [part for part in (self.probe, self.val) if part is not None]
+        return max(int(part.labels.max()) for part in parts) + 1
+
+    def at(self, step: int) -> Subject:
+        """The same subject with features to be extracted anew."""
+        self.step, self._features = step, {}
+        return self
+
+
+class Evaluation:
+    """One measurement; its constructor arguments are its section of a recipe."""
+
+    labelled = True
+    """Whether it needs ``data.val``."""
+
+    def __call__(self, subject: Subject) -> dict[str, float]:
+        """Numbers by name, without the evaluation's own name; the same on every process."""
+        raise NotImplementedError
+
+
+def standard_error(accuracy: float, count: int) -> float:
+    """Standard error of an accuracy measured on ``count`` independent samples."""
+    return float(np.sqrt(accuracy * (1 - accuracy) / count))

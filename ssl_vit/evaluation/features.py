@@ -1,0 +1,59 @@
+"""Features of a set: sample i goes to process i mod R, nothing is dropped or padded, bad samples are left out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ssl_vit import distributed
+from ssl_vit.data.loader import EvalBatches, iterate
+from ssl_vit.data.views import CentreView
+
+if TYPE_CHECKING:
+    from ssl_vit.evaluation.base import Subject, Subset
+
+
+@torch.no_grad()
+def extract(subject: Subject, subset: Subset) -> tuple[Tensor, Tensor]:
+    """Pooled features float32 (n, D) and labels int64 (n,) of the good samples, in their order, on every process.
+
+    Every process makes the same number of forward calls, as sharded parameters need.
+    """
+    rank, size = distributed.rank(), distributed.world_size()
+    view = CentreView(subject.img_size, subject.pixels.crop_pct, subject.pixels.interpolation)
+    mine = subset.samples[rank::size]
+    batches = EvalBatches(subset.index, mine, view, subject.pixels, subject.batch_size)
+    longest = -(-len(subset.samples) // size)
+    calls = max(-(-longest // subject.batch_size), 1)
+    blank = _blank(subject)
+    features: Tensor | None = None
+    labels = torch.full((len(mine),), -1, device=subject.device)
+    good = torch.zeros(len(mine), dtype=torch.bool, device=subject.device)
+    was_training = subject.objective.training
+    subject.objective.eval()
+    loader = iterate(batches, range(len(batches)), subject.workers)
+    for _ in range(calls):
+        batch, reports = next(loader, ({}, []))
+        if reports:
+            subject.on_bad(reports)
+        moved = subject.pixels.to_device(batch, subject.device) if batch else blank
+        pooled = subject.pool(subject.objective(moved, call="encode")).float()
+        if features is None:
+            features = pooled.new_zeros((len(mine), pooled.shape[1]))
+        if batch:
+            features[moved["index"]] = pooled
+            labels[moved["index"]] = moved["label"]
+            good[moved["index"]] = True
+    subject.objective.train(was_training)
+    assert features is not None
+    total = len(subset.samples)
+    everything = distributed.gather_interleaved(features, total)
+    kept = distributed.gather_interleaved(good.to(torch.uint8), total).bool()
+    return everything[kept], distributed.gather_interleaved(labels, total)[kept]
+
+
+def _blank(subject: Subject) -> dict[str, Tensor]:
+    shape = (1, subject.pixels.in_chans, *subject.img_size)
+    return {"image": torch.zeros(shape, device=subject.device)}

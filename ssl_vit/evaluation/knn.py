@@ -1,0 +1,83 @@
+"""Weighted nearest neighbours on frozen features (DINO, arXiv 2104.14294, appendix; Wu et al., arXiv 1805.01978)."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ssl_vit import distributed
+from ssl_vit.evaluation.base import Evaluation, Subject, standard_error
+
+logger = logging.getLogger(__name__)
+
+
+class KNN(Evaluation):
+    """Top-1 of a weighted vote of the k most similar probe images: cosine similarity, weights exp(similarity / T).
+
+    Args:
+        k: neighbours; the first is reported as top1, each as top1_kN; never chosen on the validation set.
+        temperature: T of the weights.
+        chunk: validation images compared at once.
+    """
+
+    def __init__(self, k: list[int] = [20, 10, 100, 200], temperature: float = 0.07, chunk: int = 1024) -> None:  # noqa: B006
+        if not k or min(k) < 1:
+            raise ValueError(f"k={k}: should be a list of positive numbers, e.g. [20]")
+        if temperature <= 0:
+            raise ValueError(f"temperature={temperature}: should be above 0, e.g. 0.07")
+        self.k, self.temperature, self.chunk = k, temperature, chunk
+
+    def __call__(self, subject: Subject) -> dict[str, float]:
+        """``top1``, its ``standard_error`` and ``top1_kN`` for each k."""
+        bank, bank_labels = subject.features("probe")
+        queries, labels = subject.features("val")
+        if max(self.k) > len(bank):
+            logger.warning("knn: k is cut to the %d images of data.probe", len(bank))
+        ks = [min(k, len(bank)) for k in self.k]
+        rank, size = distributed.rank(), distributed.world_size()
+        correct = knn_correct(
+            bank, bank_labels, queries[rank::size], labels[rank::size], ks, self.temperature, subject.num_classes, self.chunk
+        )
+        accuracies = (distributed.all_sum(correct).double() / len(labels)).tolist()
+        results = {"top1": accuracies[0], "standard_error": standard_error(accuracies[0], len(labels))}
+        return results | {f"top1_k{k}": accuracy for k, accuracy in zip(ks, accuracies, strict=True)}
+
+
+def knn_correct(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    labels: Tensor,
+    ks: list[int],
+    temperature: float,
+    num_classes: int,
+    chunk: int,
+) -> Tensor:
+    """Number of right votes for each k, exact.
+
+    Args:
+        bank: (n, D) features that vote.
+        bank_labels: int64 (n,).
+        queries: (m, D).
+        labels: int64 (m,).
+        ks: neighbours, each at most n.
+        temperature: of the weights.
+        num_classes: number of classes.
+        chunk: queries compared at once.
+
+    Returns:
+        int64 (len(ks),).
+    """
+    bank = F.normalize(bank, dim=1)
+    correct = torch.zeros(len(ks), dtype=torch.int64, device=bank.device)
+    for start in range(0, len(queries), chunk):
+        similarity = F.normalize(queries[start : start + chunk], dim=1) @ bank.T
+        values, neighbours = similarity.topk(max(ks), dim=1)
+        weights, classes = (values / temperature).exp(), bank_labels[neighbours]
+        for i, k in enumerate(ks):
+            votes = weights.new_zeros((len(values), num_classes)).scatter_add_(1, classes[:, :k], weights[:, :k])
+            correct[i] += (votes.argmax(dim=1) == labels[start : start + chunk]).sum()
+    return correct

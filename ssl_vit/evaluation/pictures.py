@@ -1,0 +1,69 @@
+"""Picture sheets: what an objective makes of a few fixed images, as PNG and in TensorBoard."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssl_vit.data.loader import EvalBatches
+from ssl_vit.data.order import derive_seed
+from ssl_vit.data.views import CentreView, seed_generators
+from ssl_vit.evaluation.base import Evaluation, Subject
+
+PICTURE_SEED = 3
+SMALLEST_SIDE = 96
+
+
+class Pictures(Evaluation):
+    """One row an image, one column each picture that the objective draws of it.
+
+    Args:
+        count: images, the same ones with the same masks at every step.
+    """
+
+    labelled = False
+
+    def __init__(self, count: int = 8) -> None:
+        if count < 1:
+            raise ValueError(f"count={count}: should be at least 1")
+        self.count = count
+
+    @torch.no_grad()
+    def __call__(self, subject: Subject) -> dict[str, float]:
+        """Saves ``pictures/step_XXXXXXXX.png``; no numbers."""
+        subset = subject.images
+        spread = np.arange(min(self.count, len(subset.samples))) * len(subset.samples) // self.count
+        view = CentreView(subject.img_size, subject.pixels.crop_pct, subject.pixels.interpolation)
+        batch, _ = EvalBatches(subset.index, subset.samples[spread], view, subject.pixels, self.count)[0]
+        if not batch:
+            return {}
+        seed_generators(derive_seed(subject.seed, PICTURE_SEED))
+        was_training = subject.objective.training
+        subject.objective.eval()
+        drawn = subject.objective(subject.pixels.to_device(batch, subject.device), call="pictures")
+        subject.objective.train(was_training)
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (subject.pixels.mean, subject.pixels.std))
+        columns = [to_rgb(images.cpu().float() * std + mean) for images in drawn.values()]
+        subject.picture("pictures", sheet(columns))
+        return {}
+
+
+def to_rgb(images: Tensor) -> Tensor:
+    """(B, C, H, W) in [0, 1] to uint8 (B, 3, H, W): grey is repeated, of many channels the first three are shown."""
+    images = (images.clamp(0, 1) * 255).round().to(torch.uint8)
+    if images.shape[1] == 2:
+        images = images[:, :1]
+    return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images[:, :3]
+
+
+def sheet(columns: list[Tensor], gap: int = 4) -> np.ndarray:
+    """uint8 (H', W', 3): pictures (B, 3, H, W) of each column side by side, a row an image, small ones enlarged."""
+    height, width = columns[0].shape[-2:]
+    factor = max(1, -(-SMALLEST_SIDE // min(height, width)))
+    rows = []
+    for images in zip(*columns, strict=True):
+        cells = [np.repeat(np.repeat(i.permute(1, 2, 0).numpy(), factor, 0), factor, 1) for i in images]
+        padded = [np.pad(cell, ((0, gap), (0, gap), (0, 0)), constant_values=255) for cell in cells]
+        rows.append(np.concatenate(padded, axis=1))
+    return np.pad(np.concatenate(rows, axis=0), ((gap, 0), (gap, 0), (0, 0)), constant_values=255)

@@ -1,0 +1,142 @@
+"""The encoder as a timm folder: config.json and model.safetensors, which timm and transformers load by themselves."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssl_vit.encoders.base import Encoder
+
+TOLERANCE = 1e-5
+ABOUT_OTHER_WEIGHTS = ("tag", "url", "hf_hub_id", "origin_url", "paper_ids", "paper_name", "notes", "license")
+
+
+def export_timm(
+    encoder: Encoder,
+    folder: str | Path,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    crop_pct: float,
+    interpolation: str,
+    metadata: dict[str, Any],
+) -> float:
+    """Write a folder that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads, and check it there.
+
+    The folder replaces an earlier one in one rename, after the check.
+
+    Args:
+        encoder: whole (not sharded), any device and precision; written in float32.
+        folder: the folder to write.
+        mean: per channel, of pixels in [0, 1].
+        std: per channel.
+        crop_pct: share of the shorter side kept by the centre crop.
+        interpolation: resize filter of evaluations.
+        metadata: plain facts kept in config.json under ``ssl_vit``; ``license`` also goes where timm looks for it.
+
+    Returns:
+        The largest difference between pooled features of encoder and export, relative to the largest feature.
+
+    Raises:
+        ValueError: a tensor is empty or not finite, or mean and std do not fit the channels.
+        RuntimeError: the export's features differ from the encoder's by more than 1e-5.
+    """
+    folder = Path(folder)
+    for key, values in (("mean", mean), ("std", std)):
+        if len(values) != encoder.in_chans:
+            raise ValueError(f"{key}={list(values)}: should have one number for each of in_chans={encoder.in_chans}")
+    data = {
+        "mean": [float(value) for value in mean],
+        "std": [float(value) for value in std],
+        "crop_pct": float(crop_pct),
+        "interpolation": interpolation,
+    }
+    facts = {**metadata, "encoder": encoder.config(), "data": data}
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        _write(encoder, temporary, data, facts)
+        difference = _difference(encoder, temporary)
+        if not difference <= TOLERANCE:
+            raise RuntimeError(
+                f"{folder}: not exported, its features in timm differ by {difference:.1e} from the encoder's "
+                f"(relative; allowed: {TOLERANCE:.0e})"
+            )
+        _replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return difference
+
+
+def _write(encoder: Encoder, folder: Path, data: dict[str, Any], facts: dict[str, Any]) -> None:
+    import timm
+    from timm.models import save_for_hf
+
+    folder.mkdir(parents=True)
+    architecture, arguments = encoder.timm_config()
+    model = timm.create_model(architecture, **arguments)
+    model.load_state_dict(_whole_state(encoder.model))
+    data_config = {**data, "mean": tuple(data["mean"]), "std": tuple(data["std"])}
+    size = (encoder.in_chans, *encoder.img_size)
+    save_for_hf(
+        model,
+        str(folder),
+        model_config={"pretrained_cfg": {"input_size": size}, "ssl_vit": facts},
+        model_args=arguments,
+        safe_serialization=True,
+        data_config={**data_config, "input_size": size},
+    )
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for key in ABOUT_OTHER_WEIGHTS:
+        config["pretrained_cfg"].pop(key, None)
+    config["model_args"].pop("num_classes")  # stated beside it; transformers refuses it twice
+    if "license" in facts:
+        config["pretrained_cfg"]["license"] = facts["license"]
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _whole_state(model: nn.Module) -> dict[str, Tensor]:
+    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    empty = [name for name, tensor in state.items() if not tensor.numel()]
+    broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+    if empty:
+        raise ValueError(f"not exported, tensors without elements (a partitioned model?): {', '.join(empty[:5])}")
+    if broken:
+        raise ValueError(f"not exported, tensors that are not finite: {', '.join(broken[:5])}")
+    return state
+
+
+@torch.no_grad()
+def _difference(encoder: Encoder, folder: Path) -> float:
+    """Largest difference of pooled features on two random images, relative to the largest feature."""
+    import timm
+
+    reference = copy.deepcopy(encoder).cpu().float().eval()
+    exported = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, encoder.in_chans, *encoder.img_size, generator=generator)
+    with torch.autocast("cpu", enabled=False):
+        expected, found = reference.pool(reference(images)), exported(images)
+    if expected.shape != found.shape:
+        return float("inf")
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def _replace(source: Path, target: Path) -> None:
+    """Rename a folder onto another; the old one is out of the way only for the moment between two renames."""
+    old = target.with_name(f".{target.name}.old.{os.getpid()}")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    source.rename(target)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,102 @@
+"""What every objective promises: a batch in, a loss out, and every call that touches weights through one door."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from ssl_vit.config import nearest
+from ssl_vit.encoders.base import Encoder, Tokens
+
+CALLS = ("loss", "encode", "predict", "pictures")
+"""What ``objective(batch, call=...)`` may ask for; an objective has those of which it defines the method."""
+
+
+class Progress(NamedTuple):
+    """Where a run stands; everything scheduled is a function of it.
+
+    Attributes:
+        step: optimizer steps done.
+        total_steps: steps of the whole run.
+        epoch: passes over the data done, with fraction.
+        total_epochs: passes of the whole run.
+        fraction: share of the run done, 0 to 1.
+    """
+
+    step: int
+    total_steps: int
+    epoch: float
+    total_epochs: float
+    fraction: float
+
+
+class Objective(nn.Module):
+    """A training objective; as it is, an encoder to be measured.
+
+    What a new objective defines, and who calls it:
+
+        views(img_size)         run        picklable callable, decoded sample -> dict of tensors (no batch axis)
+        loss(batch)             trainer    (scalar loss, {name: detached scalar}); no ``.item()``
+        predict(batch)          evaluations, its output for each image; optional
+        pictures(batch)         evaluations, {name: (B, C, H, W)} in the image's own scale; optional
+        before_step(progress)   trainer    sets all that is scheduled
+        after_step()            trainer    EMA, centres
+        no_weight_decay()       optimizer  parameter names exempt beside biases and 1-D parameters
+
+    Args:
+        encoder: what is trained, measured and exported
+    """
+
+    level_c: tuple[str, ...] = ()
+    """Settings that make batches with another layout equal in distribution only."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self._frozen: list[nn.Module] = []
+
+    def forward(self, batch: dict[str, Tensor], call: str = "loss") -> Any:
+        """Run ``call`` on a batch: the only door to the weights, so that wrappers see every use.
+
+        Raises:
+            ValueError: this objective has no such call.
+        """
+        method = getattr(self, call, None) if call in CALLS else None
+        if method is None:
+            known = [name for name in CALLS if hasattr(self, name)]
+            raise ValueError(
+                f"call={call!r}: {type(self).__name__} has no such call{nearest(call, known)}; allowed: {', '.join(known)}"
+            )
+        return method(batch)
+
+    def encode(self, batch: dict[str, Tensor]) -> Tokens:
+        """Tokens of ``batch["image"]`` (B, C, H, W), nothing masked."""
+        return self.encoder(batch["image"])
+
+    def views(self, img_size: tuple[int, int]) -> Callable[[dict[str, Any]], dict[str, Tensor]]:
+        """The training view of this objective."""
+        raise ValueError(f"{type(self).__name__} has no training view: it can be measured, not trained")
+
+    def before_step(self, progress: Progress) -> None:
+        """Set whatever is scheduled, as a function of ``progress`` alone."""
+
+    def after_step(self) -> None:
+        """Update whatever is not a gradient's business, once for each optimizer step."""
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that are not decayed, beside biases and 1-D parameters."""
+        return set()
+
+    def freeze(self, part: nn.Module) -> None:
+        """Take a part out of training for good: no gradients, and in eval mode whatever ``train()`` says."""
+        part.requires_grad_(False).eval()
+        self._frozen.append(part)
+
+    def train(self, mode: bool = True) -> Objective:
+        """Set training mode; frozen parts stay in eval mode."""
+        super().train(mode)
+        for part in self._frozen:
+            part.eval()
+        return self

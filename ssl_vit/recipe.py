@@ -1,0 +1,235 @@
+"""A recipe: everything that decides a run, composed from its sections and checked before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field
+
+from ssl_vit.config import (
+    Duration,
+    DurationField,
+    InputError,
+    Section,
+    check,
+    import_part,
+    signature_section,
+)
+from ssl_vit.training.optim import OptimSection
+
+Sources = str | list[str]
+EVALUATION_KEYS = ("every",)
+
+
+class DataSection(Section):
+    """What is trained on and judged on, and how bytes become numbers.
+
+    Args:
+        train: training images: folder of shards, range or glob of tars, folder:PATH, hf:NAME,
+            builtin:digits-train; a list mixes several
+        weights: shares of several sources; default: their sizes
+        val: labelled images that evaluations score; without it only label-free measures
+        probe: labelled images that evaluations train on; default: train if it has val's classes, else 80 % of
+            val
+        labels: none: ignore the class folders of folder: and hf: sources
+        mean: per channel, of pixels in [0, 1]; default: ImageNet's, or the initial encoder's
+        std: per channel; default as mean
+        crop_pct: evaluation: share of the shorter side kept by the centre crop; default 0.875 or the initial
+            encoder's
+        interpolation: evaluation: resize filter; default bicubic or the initial encoder's
+        num_lanes: parallel sequences of the sample order
+        window: samples of a lane that are shuffled together
+        repeats: views of each sample in a row (repeated augmentation)
+        bad_samples: an image that does not decode: replace, count and name it, or stop
+        max_bad_fraction: stop when more than this share of the samples is bad
+        max_pixels: larger images are bad samples
+        cache: folder for packed sources; default $SSL_VIT_CACHE or ~/.cache/ssl_vit
+    """
+
+    train: Sources | None = None
+    weights: list[float] | None = None
+    val: str | None = None
+    probe: str | None = None
+    labels: Literal["auto", "none"] = "auto"
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    crop_pct: float | None = Field(None, gt=0, le=1)
+    interpolation: Literal["bicubic", "bilinear"] | None = None
+    num_lanes: int = Field(64, ge=1)
+    window: int = Field(4096, ge=1)
+    repeats: int = Field(1, ge=1)
+    bad_samples: Literal["skip", "stop"] = "skip"
+    max_bad_fraction: float = Field(0.01, ge=0, le=1)
+    max_pixels: int = Field(178_956_970, ge=1)
+    cache: str | None = None
+
+
+class RunSection(Section):
+    """Where and how a run goes on; nothing here changes results beyond the stated levels of exactness.
+
+    Args:
+        dir: folder of the run
+        workers: loader processes a device; default: the cores of this process, at most 16
+        micro_batch_size: images a device and forward pass; default: batch_size / devices
+        eval_batch_size: images a device and forward pass in evaluations
+        log_every: steps between two lines in metrics.jsonl
+        save_every: time between two checkpoints
+        keep_last: checkpoints kept
+        keep_every: checkpoints at multiples of this are never deleted
+        tensorboard: write RUN/tensorboard
+        deterministic: deterministic kernels, for bit-for-bit resume on a GPU
+    """
+
+    dir: str = "runs/default"
+    workers: int | None = Field(None, ge=0)
+    micro_batch_size: int | None = Field(None, ge=1)
+    eval_batch_size: int = Field(256, ge=1)
+    log_every: int = Field(20, ge=1)
+    save_every: DurationField = Duration(1, "epochs")
+    keep_last: int = Field(2, ge=1)
+    keep_every: DurationField | None = None
+    tensorboard: bool = True
+    deterministic: bool = False
+
+
+class Recipe(Section):
+    """A training run: ``objective`` and ``encoder`` are checked against the constructors they name.
+
+    Args:
+        seed: of everything random
+        mixed_precision: auto: bf16 on a GPU that has it, else no
+        objective: name and constructor arguments; init: a file to fill it from
+        encoder: timm name and constructor arguments; init: a run, export or file to fill it from
+        evals: evaluations by name, with 'every' and constructor arguments
+    """
+
+    seed: int = Field(0, ge=0)
+    mixed_precision: Literal["bf16", "no", "auto"] = "auto"
+    objective: dict[str, Any]
+    encoder: dict[str, Any]
+    data: DataSection = Field(default_factory=DataSection)
+    optim: OptimSection = Field(default_factory=OptimSection)
+    evals: dict[str, dict[str, Any] | None] = Field(default_factory=dict)
+    run: RunSection = Field(default_factory=RunSection)
+
+
+class EvaluationRecipe(Section):
+    """A measurement of an encoder that is not trained further.
+
+    Args:
+        seed: of everything random
+        mixed_precision: auto: bf16 on a GPU that has it, else no
+        encoder: init: a run, checkpoint, export or file; or a timm name and arguments
+        evals: evaluations by name, with constructor arguments
+    """
+
+    seed: int = Field(0, ge=0)
+    mixed_precision: Literal["bf16", "no", "auto"] = "auto"
+    encoder: dict[str, Any]
+    data: DataSection = Field(default_factory=DataSection)
+    evals: dict[str, dict[str, Any] | None] = Field(default_factory=dict)
+    run: RunSection = Field(default_factory=RunSection)
+
+
+def objective_class(recipe: Recipe) -> type:
+    """The class that ``objective.name`` names."""
+    name = recipe.objective.get("name")
+    return import_part("ssl_vit.objectives", str(name), "objective.name", "Objective")
+
+
+def evaluation_class(name: str) -> type:
+    """The class of the evaluation ``name``."""
+    return import_part("ssl_vit.evaluation", name, "evals", "Evaluation")
+
+
+def encoder_class(encoder: Mapping[str, Any]) -> type:
+    """The class that builds the timm model ``encoder.name``."""
+    from ssl_vit.encoders.base import encoder_class_of
+
+    return encoder_class_of(str(encoder["name"]))
+
+
+def open_section(cls: type, values: Mapping[str, Any], where: str, skip: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Check a section against its constructor's signature and return it with all defaults filled in.
+
+    Raises:
+        InputError: an unknown key or a wrong type.
+    """
+    section = check(signature_section(cls, skip), values, where)
+    return {name: getattr(section, name) for name in type(section).model_fields}
+
+
+def check_recipe(recipe: Recipe | EvaluationRecipe) -> Recipe | EvaluationRecipe:
+    """Check the open sections and what only two sections together decide; the recipe comes back complete.
+
+    Raises:
+        InputError: naming the key, its value, what is allowed and the nearest known key.
+    """
+    recipe.evals = {name: values or {} for name, values in recipe.evals.items() if values is not None}
+    for name, values in recipe.evals.items():
+        extra = {key: values[key] for key in EVALUATION_KEYS if key in values}
+        if "every" in extra:
+            try:
+                extra["every"] = Duration.parse(extra["every"])
+            except ValueError as error:
+                raise InputError(f"evals.{name}.every={extra['every']!r}: {error}") from None
+        arguments = {key: value for key, value in values.items() if key not in extra}
+        recipe.evals[name] = {**extra, **open_section(evaluation_class(name), arguments, f"evals.{name}")}
+    recipe.encoder = _complete_encoder(recipe.encoder)
+    if isinstance(recipe, Recipe):
+        values = {key: value for key, value in recipe.objective.items() if key not in ("name", "init")}
+        filled = open_section(objective_class(recipe), values, "objective", skip=("encoder",))
+        recipe.objective = {"name": recipe.objective["name"], **filled, "init": recipe.objective.get("init")}
+        if not recipe.data.train:
+            raise InputError("data.train: is required; give it as data.train=folder:/my/images or a folder of shards")
+        _check_batches(recipe.optim.batch_size, recipe.run.micro_batch_size, 1)
+    chans = recipe.encoder.get("in_chans", 3)
+    for key in ("mean", "std"):
+        values = getattr(recipe.data, key)
+        if values is not None and len(values) != chans:
+            raise InputError(f"data.{key}={values}: should have one number a channel, and encoder.in_chans={chans}")
+    return recipe
+
+
+def _complete_encoder(values: dict[str, Any]) -> dict[str, Any]:
+    """An encoder section with defaults; with ``init`` and no name, what the file says of itself."""
+    init = values.get("init")
+    if "name" not in values:
+        if not init:
+            raise InputError("encoder.name: is required, e.g. encoder.name=vit_base_patch16_224 (or give encoder.init)")
+        from ssl_vit.encoders.weights import encoder_config
+
+        stated = {key: value for key, value in encoder_config(init).items() if key != "data"}
+        values = {**stated, **values}
+    try:
+        cls = encoder_class(values)
+    except ValueError as error:
+        raise InputError(f"encoder.name={values['name']!r}: {error}") from None
+    filled = open_section(cls, {key: value for key, value in values.items() if key != "init"}, "encoder")
+    return {**filled, "init": init}
+
+
+def _check_batches(batch_size: int, micro_batch_size: int | None, num_ranks: int) -> int:
+    """The micro-batch; it, times the processes, divides the global batch."""
+    if micro_batch_size is None:
+        if batch_size % num_ranks:
+            raise InputError(
+                f"optim.batch_size={batch_size}: should be a multiple of the {num_ranks} processes; "
+                f"nearest: {_nearest_multiple(batch_size, num_ranks)}"
+            )
+        return batch_size // num_ranks
+    unit = micro_batch_size * num_ranks
+    if batch_size % unit:
+        raise InputError(
+            f"optim.batch_size={batch_size}: should be a multiple of run.micro_batch_size={micro_batch_size} times "
+            f"{num_ranks} process{'es' if num_ranks > 1 else ''}; nearest: {_nearest_multiple(batch_size, unit)}"
+        )
+    return micro_batch_size
+
+
+def _nearest_multiple(value: int, unit: int) -> int:
+    return max(round(value / unit), 1) * unit
+
+
+micro_batch = _check_batches

@@ -1,0 +1,277 @@
+"""The whole wiring: ``run(recipe)`` trains, judges and exports; ``evaluate(recipe)`` only judges."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration
+from PIL import Image
+
+from ssl_vit import build, distributed
+from ssl_vit.config import InputError, plain, to_yaml
+from ssl_vit.data.loader import BadReport, Pixels, TrainBatches
+from ssl_vit.encoders.base import Encoder
+from ssl_vit.evaluation.base import Evaluation, Subject
+from ssl_vit.export.card import write_card
+from ssl_vit.export.timm_folder import export_timm
+from ssl_vit.objectives.base import Objective
+from ssl_vit.recipe import EvaluationRecipe, Recipe, micro_batch
+from ssl_vit.training.checkpoint import Checkpoints, restore
+from ssl_vit.training.metrics import MetricsLog, read_metrics
+from ssl_vit.training.optim import build_optimizer
+from ssl_vit.training.run_folder import RunFolder
+from ssl_vit.training.trainer import Plan, Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def run(recipe: Recipe, resume: str = "auto") -> None:
+    """Train as the recipe says, evaluate on the way, export the encoder into the run's folder.
+
+    Everything a user can have got wrong is found before a process group starts.
+    """
+    # what a user can have got wrong
+    micro = micro_batch(recipe.optim.batch_size, recipe.run.micro_batch_size, int(os.environ.get("WORLD_SIZE", "1")))
+    pixels = build.resolve_pixels(recipe.data, recipe.encoder)
+    precision = build.resolve_precision(recipe)
+    folder = RunFolder(recipe.run.dir)
+    checkpoint = folder.resume_point(plain(recipe), resume)
+    objective = build.build_objective(recipe)
+    sets = build.open_sets(recipe.data)
+    stream = sets.stream(recipe)
+    evaluations = build.build_evaluations(recipe.evals, labelled=sets.val is not None)
+    optimizer = build_optimizer(objective, recipe.optim)
+    start_step = restore(checkpoint, objective, optimizer, sets.fingerprint) if checkpoint else 0
+    workers = build.default_workers() if recipe.run.workers is None else recipe.run.workers
+
+    # processes, device, precision
+    torch.use_deterministic_algorithms(recipe.run.deterministic)
+    accelerator = open_accelerator(precision)
+    plan = Plan(recipe.optim, stream.epoch_size, micro, accelerator.num_processes)
+    if accelerator.is_main_process:
+        folder.open(recipe, {"num_processes": accelerator.num_processes, "micro_batch_size": micro, "workers": workers})
+        folder.log_to_file()
+        folder.status("running", start_step)
+    announce(recipe, plan, sets, accelerator, start_step, workers)
+    wrapped, optimizer = accelerator.prepare(objective, optimizer)
+
+    # where numbers, pictures and checkpoints go
+    log = MetricsLog(folder.path, start_step, plan.total_steps, recipe.run.tensorboard, accelerator.is_main_process)
+    log.config(to_yaml(recipe))
+    bad = BadSamples(folder.path / "bad_samples.jsonl", recipe.data.max_bad_fraction)
+    subject = subject_of(recipe, objective, wrapped, pixels, sets, accelerator.device, workers)
+    subject.on_bad = bad
+    subject.picture = lambda name, image: save_picture(folder.path, log, subject.step, name, image)
+    keep_every = recipe.run.keep_every.steps(plan.steps_per_epoch) if recipe.run.keep_every else None
+
+    # train
+    Trainer(
+        accelerator,
+        wrapped,
+        optimizer,
+        TrainBatches(
+            sets.train, stream, objective.views(objective.encoder.img_size), pixels, recipe.seed,
+            recipe.optim.batch_size, micro, accelerator.process_index, accelerator.num_processes, recipe.data.bad_samples,
+        ),
+        pixels,
+        plan,
+        recipe.seed,
+        log,
+        Checkpoints(folder.checkpoints, recipe.run.keep_last, keep_every),
+        evaluate=evaluate_when_due(recipe, evaluations, plan, subject, log),
+        on_bad=bad,
+        start_step=start_step,
+        save_steps=max(recipe.run.save_every.steps(plan.steps_per_epoch), 1),
+        log_every=recipe.run.log_every,
+        workers=workers,
+        state={"data": sets.fingerprint},
+    ).fit()  # fmt: skip
+    log.close()
+
+    # hand over
+    if accelerator.is_main_process:
+        finish(recipe, folder, objective, pixels, plan, sets.rule, bad.count)
+
+
+def evaluate(recipe: EvaluationRecipe, resume: str = "auto") -> None:
+    """Measure an encoder as it is: all of ``evals`` once, into the run's folder."""
+    folder = RunFolder(recipe.run.dir)
+    if folder.path.is_dir() and {entry.name for entry in folder.path.iterdir()} - {"status.json"}:
+        raise InputError(f"run.dir={folder.path}: is not empty; give another run.dir")
+    pixels = build.resolve_pixels(recipe.data, recipe.encoder)
+    precision = build.resolve_precision(recipe)
+    objective = build.build_frozen(recipe)
+    sets = build.open_sets(recipe.data)
+    evaluations = build.build_evaluations(recipe.evals, labelled=sets.val is not None)
+    workers = build.default_workers() if recipe.run.workers is None else recipe.run.workers
+    accelerator = open_accelerator(precision)
+    main = accelerator.is_main_process
+    if main:
+        folder.open(recipe, {"num_processes": accelerator.num_processes})
+        folder.log_to_file()
+        folder.status("running")
+    objective.to(accelerator.device)
+    log = MetricsLog(folder.path, 0, 0, recipe.run.tensorboard, main)
+    bad = BadSamples(folder.path / "bad_samples.jsonl", 1.0)
+    subject = subject_of(recipe, objective, objective, pixels, sets, accelerator.device, workers)
+    subject.on_bad = bad
+    subject.picture = lambda name, image: save_picture(folder.path, log, 0, name, image)
+    with accelerator.autocast():
+        results = measure(subject, evaluations)
+    log.evaluation(0, results)
+    log.close()
+    if main:
+        folder.write_json("result.json", {"evaluations": {"final": results}, "probe": sets.rule, "bad_samples": bad.count})
+        folder.status("finished", exit_code=0)
+
+
+# --------------------------------------------------------------------------------------------- pieces
+
+
+def open_accelerator(precision: str) -> Accelerator:
+    """Accelerate's view of processes and precision; the loader stays ours."""
+    config = DataLoaderConfiguration(dispatch_batches=False)
+    return Accelerator(mixed_precision=precision, dataloader_config=config, step_scheduler_with_optimizer=False)
+
+
+def subject_of(
+    recipe: Recipe | EvaluationRecipe,
+    objective: Objective,
+    wrapped: torch.nn.Module,
+    pixels: Pixels,
+    sets: build.Sets,
+    device: torch.device,
+    workers: int,
+) -> Subject:
+    """What evaluations judge."""
+    encoder: Encoder = objective.encoder
+    return Subject(
+        wrapped, encoder.pool, encoder.img_size, pixels, device, sets.images, sets.probe, sets.val,
+        seed=recipe.seed, batch_size=recipe.run.eval_batch_size, workers=workers,
+    )  # fmt: skip
+
+
+def evaluate_when_due(
+    recipe: Recipe, evaluations: dict[str, Evaluation], plan: Plan, subject: Subject, log: MetricsLog
+) -> Any:
+    """A function of the steps done: every evaluation at the start, at the end and at multiples of its ``every``."""
+    total = plan.total_steps
+    every = {name: (recipe.evals[name] or {}).get("every") for name in evaluations}
+    periods = {name: max(e.steps(plan.steps_per_epoch), 1) if e else total for name, e in every.items()}
+
+    def evaluate_at(step: int) -> None:
+        due = {name: e for name, e in evaluations.items() if step in (0, total) or step % periods[name] == 0}
+        if due:
+            log.evaluation(step, measure(subject.at(step), due))
+
+    return evaluate_at
+
+
+def measure(subject: Subject, evaluations: dict[str, Evaluation]) -> dict[str, float]:
+    """All numbers of some evaluations, named ``evaluation/number``, with the seconds each took."""
+    results: dict[str, float] = {}
+    for name, evaluation in evaluations.items():
+        start = time.monotonic()
+        results |= {f"{name}/{key}": value for key, value in evaluation(subject).items()}
+        results[f"{name}/seconds"] = round(time.monotonic() - start, 3)
+    return results
+
+
+def announce(
+    recipe: Recipe, plan: Plan, sets: build.Sets, accelerator: Accelerator, start_step: int, workers: int
+) -> None:
+    """The lines a person checks before walking away."""
+    if not accelerator.is_main_process:
+        return
+    images = ", ".join(f"{len(index)} images in {len(index.shards)} shards" for index in sets.train)
+    logger.info("data: %s; an epoch is %d", images, plan.epoch_size)
+    logger.info("evaluation: %s", sets.rule)
+    logger.info(
+        "processes: %d (%s) on %s, precision %s, loader workers %d a process",
+        accelerator.num_processes,
+        accelerator.distributed_type.value,
+        accelerator.device,
+        accelerator.mixed_precision,
+        workers,
+    )
+    logger.info("%s", plan.describe())
+    logger.info(
+        "exactness: resume is bit for bit with this code, machine, processes, micro-batch and threads; other processes "
+        "or micro-batches agree to 1e-5 in float32"
+    )
+    if start_step:
+        logger.info("resumed after step %d of %d", start_step, plan.total_steps)
+
+
+class BadSamples:
+    """Counts and names samples that did not decode, in ``bad_samples.jsonl``; stops above a share.
+
+    Args:
+        path: of the file.
+        max_fraction: of the samples seen.
+    """
+
+    def __init__(self, path: Path, max_fraction: float) -> None:
+        self.path, self.max_fraction, self.count = path, max_fraction, 0
+
+    def __call__(self, reports: Iterable[BadReport], seen: int | None = None) -> None:
+        """Write the reports; ``seen`` is the number of training samples so far."""
+        with open(self.path, "a", encoding="utf-8") as file:
+            for report in reports:
+                self.count += 1
+                if self.count <= 5:
+                    logger.warning("bad sample: %s: %s", report.name, report.reason)
+                file.write(json.dumps(asdict(report)) + "\n")
+        if seen and self.count > max(self.max_fraction * seen, 1):
+            raise InputError(
+                f"{self.count} of {seen} samples did not decode, more than data.max_bad_fraction={self.max_fraction}; "
+                f"they are named in {self.path}"
+            )
+
+
+def save_picture(folder: Path, log: MetricsLog, step: int, name: str, image: np.ndarray) -> None:
+    """``RUN/pictures/NAME_XXXXXXXX.png``, and TensorBoard; the main process's work."""
+    if not distributed.is_main():
+        return
+    target = folder / "pictures" / f"{name}_{step:08d}.png"
+    target.parent.mkdir(exist_ok=True)
+    Image.fromarray(image).save(target)
+    log.picture(step, name, image)
+
+
+def finish(
+    recipe: Recipe, folder: RunFolder, objective: Objective, pixels: Pixels, plan: Plan, rule: str, bad: int
+) -> None:
+    """Export the encoder with its check, write result.json and the card, say where everything is."""
+    target = folder.path / "encoder"
+    difference = export_timm(
+        objective.encoder, target, mean=pixels.mean, std=pixels.std, crop_pct=pixels.crop_pct,
+        interpolation=pixels.interpolation, metadata={"objective": recipe.objective["name"], "step": plan.total_steps},
+    )  # fmt: skip
+    lines = [line for line in read_metrics(folder.path / "metrics.jsonl") if "loss" not in line]
+    first = {k: v for line in lines if line["step"] == 0 for k, v in line.items()}
+    last = {k: v for line in lines if line["step"] == plan.total_steps for k, v in line.items()}
+    result = {
+        "objective": recipe.objective["name"], "steps": plan.total_steps, "probe": rule, "bad_samples": bad,
+        "evaluations": {"initial": first, "final": last}, "export_difference": difference,
+    }  # fmt: skip
+    folder.write_json("result.json", result)
+    write_card(folder.path, {"recipe": plain(recipe), "result": result, "encoder": target.name})
+    logger.info("before -> after:")
+    for name in (key for key in last if key.endswith("/top1") or key == "rank/effective_rank"):
+        error = last.get(name.replace("/top1", "/standard_error")) if name.endswith("/top1") else None
+        spread = f"  (standard error {error:.4f})" if error is not None else ""
+        logger.info("  %-20s %.4f -> %.4f%s", name, first.get(name, float("nan")), last[name], spread)
+    logger.info("pictures: %s", folder.path / "pictures")
+    logger.info("encoder: %s  (largest feature difference after reloading in timm: %.1e)", target, difference)
+    logger.info("load it with:\n  import timm\n  encoder = timm.create_model('local-dir:%s')", target.resolve())
+    folder.status("finished", plan.total_steps, exit_code=0)

@@ -1,0 +1,155 @@
+"""The folder of a run: its recipe, environment, status and log, and the rule by which a run is resumed or refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from ssl_vit.config import InputError, plain, to_yaml
+from ssl_vit.training.checkpoint import Checkpoints, sync_write
+
+LIBRARIES = ("torch", "torchvision", "timm", "accelerate", "webdataset", "numpy", "simplejpeg", "pillow", "deepspeed")
+FORMATTER = logging.Formatter("%(asctime)s  %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
+
+
+class RunFolder:
+    """``RUN/`` as the contract of commands and files describes it.
+
+    Args:
+        path: of the folder; it need not exist.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+
+    def resume_point(self, recipe: dict[str, Any], resume: str) -> Path | None:
+        """The checkpoint to go on from, or None to start; nothing is written.
+
+        Args:
+            recipe: the complete recipe as plain values.
+            resume: ``"auto"``, ``"never"`` or the path of a checkpoint.
+
+        Raises:
+            InputError: the folder holds another run, or something that is no run.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"run.dir={self.path}: is a file; give the path of a folder")
+        if resume not in ("auto", "never"):
+            folder = Path(resume)
+            if folder.name == "latest" and folder.is_file():
+                folder = folder.parent / folder.read_text(encoding="utf-8").strip()
+            if not folder.is_dir():
+                raise InputError(f"--resume {resume}: no such folder; allowed: auto, never, RUN/checkpoints/step_XXXXXXXX")
+            self._compare(folder.parents[1] / "recipe.yaml", recipe, f"--resume {resume}")
+            return folder
+        names = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else set()
+        if not names - {"status.json", "train.log"}:
+            return None
+        if resume == "never":
+            raise InputError(f"run.dir={self.path}: is not empty and --resume is never; give another run.dir")
+        if "recipe.yaml" not in names:
+            raise InputError(f"run.dir={self.path}: is not empty and holds no run (no recipe.yaml); give another run.dir")
+        self._compare(self.path / "recipe.yaml", recipe, f"run.dir={self.path}")
+        return Checkpoints(self.checkpoints).newest()
+
+    @staticmethod
+    def _compare(saved: Path, recipe: dict[str, Any], where: str) -> None:
+        if not saved.is_file():
+            raise InputError(f"{where}: there is no {saved}, so the recipes cannot be compared; start with another run.dir")
+        before = _flat(OmegaConf.to_container(OmegaConf.load(saved)))
+        now = _flat(recipe)
+        keys = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and not k.startswith("run."))
+        if keys:
+            changes = ", ".join(f"{key} (there {before.get(key)!r}, now {now.get(key)!r})" for key in keys)
+            raise InputError(
+                f"{where}: holds a run with another recipe; different: {changes}; "
+                "give another run.dir, or the same values to resume"
+            )
+
+    def open(self, recipe: Any, facts: dict[str, Any]) -> None:
+        """Create the folder and write recipe.yaml and environment.json."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        sync_write(self.path / "recipe.yaml", to_yaml(recipe))
+        sync_write(self.path / "environment.json", json.dumps(environment() | facts, indent=1) + "\n")
+
+    def status(self, state: str, step: int = 0, exit_code: int | None = None, message: str = "") -> None:
+        """Write status.json; ``state`` is running, finished, preempted or failed."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        line = {"state": state, "exit_code": exit_code, "step": step, "message": message, "time": timestamp()}
+        sync_write(self.path / "status.json", json.dumps(line, indent=1) + "\n")
+
+    def read_status(self) -> dict[str, Any]:
+        """The last status, empty if there is none."""
+        file = self.path / "status.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+    def belongs_to_no_run(self) -> bool:
+        """Whether a failed start may leave its status here without touching a run's."""
+        return not (self.path / "recipe.yaml").exists() and (not self.path.exists() or self.path.is_dir())
+
+    def write_json(self, name: str, values: dict[str, Any]) -> None:
+        """Replace ``RUN/name``."""
+        sync_write(self.path / name, json.dumps(plain(values), indent=1) + "\n")
+
+    def log_to_file(self) -> None:
+        """Send the package's log to train.log too."""
+        handler = logging.FileHandler(self.path / "train.log", encoding="utf-8", errors="backslashreplace")
+        handler.setFormatter(FORMATTER)
+        logging.getLogger("ssl_vit").addHandler(handler)
+
+
+def log_to_stderr() -> None:
+    """Show the package's log on stderr, beside a progress bar if there is one."""
+    logger = logging.getLogger("ssl_vit")
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(FORMATTER)
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and threads: what bit-for-bit equality depends on."""
+    import torch
+
+    versions = {}
+    for name in LIBRARIES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {
+        "versions": {"python": platform.python_version(), "ssl_vit": version("ssl_vit"), **versions},
+        "platform": platform.platform(),
+        "processor": torch.backends.cpu.get_cpu_capability(),
+        "cpu_threads": torch.get_num_threads(),
+        "cores": len(os.sched_getaffinity(0)),
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "command": sys.argv,
+        "started": timestamp(),
+    }
+
+
+def timestamp() -> str:
+    """Local time with its zone, to the second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(values, dict) and values:
+        merged: dict[str, Any] = {}
+        for key, value in values.items():
+            merged |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+        return merged
+    return {prefix: values}
