@@ -14,7 +14,7 @@ import torch
 from ssl_vit.config import InputError, plain
 from ssl_vit.data.index import Index
 from ssl_vit.data.loader import Pixels
-from ssl_vit.data.order import Order, Stream
+from ssl_vit.data.order import Order, Stream, derive_seed
 from ssl_vit.data.sources import open_source
 from ssl_vit.encoders.base import Encoder, create_encoder
 from ssl_vit.encoders.weights import encoder_config, fill_encoder, fill_objective
@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LABEL_FREE_IMAGES = 2048
 MOST_WORKERS = 16
+
 
 def constructed(where: str, build: Callable[[], Any]) -> Any:
     """Call a constructor; what it refuses is the user's mistake, named with its section."""
@@ -80,7 +81,9 @@ def resolve_pixels(data: DataSection, encoder: dict[str, Any]) -> Pixels:
     for key, default in usual.items():
         given = getattr(data, key)
         if given is not None and key in stated and plain(given) != plain(stated[key]):
-            logger.warning("data.%s=%s overrides %s, with which the initial encoder was trained", key, given, stated[key])
+            logger.warning(
+                "data.%s=%s overrides %s, with which the initial encoder was trained", key, given, stated[key]
+            )
         chosen[key] = given if given is not None else stated.get(key, default)
         setattr(data, key, plain(chosen[key]))
     chosen["mean"], chosen["std"] = tuple(chosen["mean"]), tuple(chosen["std"])
@@ -118,7 +121,10 @@ class Sets:
     def stream(self, recipe: Recipe) -> Stream:
         """The order in which training sees them."""
         data = recipe.data
-        orders = [Order(index.shard_sizes, recipe.seed, data.num_lanes, data.window) for index in self.train]
+        orders = [
+            Order(index.shard_sizes.tolist(), derive_seed(recipe.seed, i), data.num_lanes, data.window)
+            for i, index in enumerate(self.train)
+        ]
         return constructed("data", lambda: Stream(orders, recipe.seed, data.weights, data.repeats))
 
 
@@ -133,7 +139,9 @@ def open_sets(data: DataSection) -> Sets:
         return Sets(train, images, "no data.val: label-free measures on data.train")
     val = open_data(data, data.val)
     if not val.labelled:
-        raise InputError(f"data.val={data.val}: has no labels; give class folders, or leave it out for label-free measures")
+        raise InputError(
+            f"data.val={data.val}: has no labels; give class folders, or leave it out for label-free measures"
+        )
     everything = Subset.all(val)
     if data.probe is not None:
         probe = open_data(data, data.probe)

@@ -7,11 +7,19 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
-from ssl_vit.config import EXIT_BAD_INPUT, InputError, Section, check, help_lines, load, part_names, signature_section, to_yaml
-
-SectionT = TypeVar("SectionT", bound=Section)
+from ssl_vit.config import (
+    EXIT_BAD_INPUT,
+    InputError,
+    Section,
+    check,
+    help_lines,
+    load,
+    part_names,
+    signature_section,
+    to_yaml,
+)
 
 USAGE = """options:
   --config FILE       a recipe; repeatable, later files win
@@ -49,7 +57,9 @@ class Arguments:
             option, equals, value = word.partition("=")
             if option in ("--config", "--resume"):
                 if not equals and not rest:
-                    raise InputError(f"{option}: needs a value, e.g. {option} {'FILE' if option == '--config' else 'auto'}")
+                    raise InputError(
+                        f"{option}: needs a value, e.g. {option} {'FILE' if option == '--config' else 'auto'}"
+                    )
                 value = value if equals else rest.pop(0)
                 if option == "--config":
                     found.files.append(Path(value))
@@ -87,7 +97,9 @@ def pretrain(doc: str | None, pipeline: str, objective: str, default: str, image
     def guard(values: dict[str, Any]) -> None:
         name = (values.get("objective") or {}).get("name")
         if name != objective:
-            raise InputError(f"objective.name={name!r}: this pipeline trains {objective!r}; use pipelines/pretrain_{name}.py")
+            raise InputError(
+                f"objective.name={name!r}: this pipeline trains {objective!r}; use pipelines/pretrain_{name}.py"
+            )
 
     _door(doc, pipeline, Recipe, defaults, guard, start)
 
@@ -126,10 +138,10 @@ def _refuse(error: InputError) -> NoReturn:
 def _door(
     doc: str | None,
     pipeline: str,
-    section: type[SectionT],
+    section: Any,
     defaults: Callable[[list[str]], str],
     guard: Callable[[dict[str, Any]], None],
-    start: Callable[[SectionT, str], None],
+    start: Callable[[Any, str], None],
 ) -> None:
     configs = Path(pipeline).resolve().parents[1] / "configs"
     values: dict[str, Any] = {}
@@ -150,7 +162,7 @@ def _door(
         _log()
         if not arguments.files:
             logging.getLogger("ssl_vit").info("no --config: %s", files[0])
-        start(recipe, arguments.resume)  # pyright: ignore[reportArgumentType]
+        start(recipe, arguments.resume)
     except InputError as error:
         _failed(values, EXIT_BAD_INPUT, str(error))
         _refuse(error)

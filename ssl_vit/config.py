@@ -94,8 +94,10 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(v) for v in value]
     if isinstance(value, Duration):
-        return int(value.value) if value.unit == "epochs" and value.value == int(value.value) else (
-            value.value if value.unit == "epochs" else str(value)
+        return (
+            int(value.value)
+            if value.unit == "epochs" and value.value == int(value.value)
+            else (value.value if value.unit == "epochs" else str(value))
         )
     return str(value) if isinstance(value, Path) else value
 
@@ -132,7 +134,9 @@ def load(files: Iterable[Path], overrides: Iterable[str]) -> dict[str, Any]:
         stripped = word.lstrip("-")
         key = stripped.partition("=")[0]
         if "=" not in stripped or not re.fullmatch(r"[A-Za-z_][\w.]*", key):
-            raise InputError(f"argument {word!r}: should be key=value, e.g. optim.batch_size=256; --help lists all keys")
+            raise InputError(
+                f"argument {word!r}: should be key=value, e.g. optim.batch_size=256; --help lists all keys"
+            )
         words.append(stripped)
     try:
         merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(words))
@@ -246,7 +250,9 @@ def help_lines(section: type[BaseModel], prefix: str = "") -> list[str]:
         if inspect.isclass(inner) and issubclass(inner, BaseModel):
             lines += help_lines(inner, f"{prefix}{name}.")
             continue
-        default = "required" if field.is_required() else f"default {plain(field.get_default(call_default_factory=True))!r}"
+        default = (
+            "required" if field.is_required() else f"default {plain(field.get_default(call_default_factory=True))!r}"
+        )
         text = field.description or texts.get(name, "")
         lines.append(f"  {prefix}{name}  ({type_text(field.annotation)}; {default})  {text}")
     return lines

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
@@ -19,7 +19,6 @@ from ssl_vit.config import (
 from ssl_vit.training.optim import OptimSection
 
 Sources = str | list[str]
-EVALUATION_KEYS = ("every",)
 
 
 class DataSection(Section):
@@ -108,10 +107,10 @@ class Recipe(Section):
     mixed_precision: Literal["bf16", "no", "auto"] = "auto"
     objective: dict[str, Any]
     encoder: dict[str, Any]
-    data: DataSection = Field(default_factory=DataSection)
-    optim: OptimSection = Field(default_factory=OptimSection)
+    data: DataSection = Field(default_factory=lambda: DataSection())
+    optim: OptimSection = Field(default_factory=lambda: OptimSection())
     evals: dict[str, dict[str, Any] | None] = Field(default_factory=dict)
-    run: RunSection = Field(default_factory=RunSection)
+    run: RunSection = Field(default_factory=lambda: RunSection())
 
 
 class EvaluationRecipe(Section):
@@ -127,9 +126,9 @@ class EvaluationRecipe(Section):
     seed: int = Field(0, ge=0)
     mixed_precision: Literal["bf16", "no", "auto"] = "auto"
     encoder: dict[str, Any]
-    data: DataSection = Field(default_factory=DataSection)
+    data: DataSection = Field(default_factory=lambda: DataSection())
     evals: dict[str, dict[str, Any] | None] = Field(default_factory=dict)
-    run: RunSection = Field(default_factory=RunSection)
+    run: RunSection = Field(default_factory=lambda: RunSection())
 
 
 def objective_class(recipe: Recipe) -> type:
@@ -160,22 +159,18 @@ def open_section(cls: type, values: Mapping[str, Any], where: str, skip: tuple[s
     return {name: getattr(section, name) for name in type(section).model_fields}
 
 
-def check_recipe(recipe: Recipe | EvaluationRecipe) -> Recipe | EvaluationRecipe:
+RecipeT = TypeVar("RecipeT", bound=Recipe | EvaluationRecipe)
+
+
+def check_recipe(recipe: RecipeT) -> RecipeT:
     """Check the open sections and what only two sections together decide; the recipe comes back complete.
 
     Raises:
         InputError: naming the key, its value, what is allowed and the nearest known key.
     """
-    recipe.evals = {name: values or {} for name, values in recipe.evals.items() if values is not None}
-    for name, values in recipe.evals.items():
-        extra = {key: values[key] for key in EVALUATION_KEYS if key in values}
-        if "every" in extra:
-            try:
-                extra["every"] = Duration.parse(extra["every"])
-            except ValueError as error:
-                raise InputError(f"evals.{name}.every={extra['every']!r}: {error}") from None
-        arguments = {key: value for key, value in values.items() if key not in extra}
-        recipe.evals[name] = {**extra, **open_section(evaluation_class(name), arguments, f"evals.{name}")}
+    recipe.evals = {
+        name: _complete_evaluation(name, values) for name, values in recipe.evals.items() if values is not None
+    }
     recipe.encoder = _complete_encoder(recipe.encoder)
     if isinstance(recipe, Recipe):
         values = {key: value for key, value in recipe.objective.items() if key not in ("name", "init")}
@@ -183,13 +178,27 @@ def check_recipe(recipe: Recipe | EvaluationRecipe) -> Recipe | EvaluationRecipe
         recipe.objective = {"name": recipe.objective["name"], **filled, "init": recipe.objective.get("init")}
         if not recipe.data.train:
             raise InputError("data.train: is required; give it as data.train=folder:/my/images or a folder of shards")
-        _check_batches(recipe.optim.batch_size, recipe.run.micro_batch_size, 1)
+        micro_batch(recipe.optim.batch_size, recipe.run.micro_batch_size, 1)
     chans = recipe.encoder.get("in_chans", 3)
     for key in ("mean", "std"):
-        values = getattr(recipe.data, key)
-        if values is not None and len(values) != chans:
-            raise InputError(f"data.{key}={values}: should have one number a channel, and encoder.in_chans={chans}")
+        numbers = getattr(recipe.data, key)
+        if numbers is not None and len(numbers) != chans:
+            raise InputError(f"data.{key}={numbers}: should have one number a channel, and encoder.in_chans={chans}")
+    if recipe.data.std is not None and min(recipe.data.std) <= 0:
+        raise InputError(f"data.std={recipe.data.std}: should be above 0")
     return recipe
+
+
+def _complete_evaluation(name: str, values: dict[str, Any]) -> dict[str, Any]:
+    """An evaluation's section with defaults; ``every`` is the loop's, the rest its constructor's."""
+    rest = dict(values)
+    every = rest.pop("every", None)
+    if every is not None:
+        try:
+            every = Duration.parse(every)
+        except ValueError as error:
+            raise InputError(f"evals.{name}.every={every!r}: {error}") from None
+    return {"every": every, **open_section(evaluation_class(name), rest, f"evals.{name}")}
 
 
 def _complete_encoder(values: dict[str, Any]) -> dict[str, Any]:
@@ -210,7 +219,7 @@ def _complete_encoder(values: dict[str, Any]) -> dict[str, Any]:
     return {**filled, "init": init}
 
 
-def _check_batches(batch_size: int, micro_batch_size: int | None, num_ranks: int) -> int:
+def micro_batch(batch_size: int, micro_batch_size: int | None, num_ranks: int) -> int:
     """The micro-batch; it, times the processes, divides the global batch."""
     if micro_batch_size is None:
         if batch_size % num_ranks:
@@ -230,6 +239,3 @@ def _check_batches(batch_size: int, micro_batch_size: int | None, num_ranks: int
 
 def _nearest_multiple(value: int, unit: int) -> int:
     return max(round(value / unit), 1) * unit
-
-
-micro_batch = _check_batches

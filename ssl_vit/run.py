@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +14,9 @@ from accelerate import Accelerator, DataLoaderConfiguration
 from PIL import Image
 
 from ssl_vit import build, distributed
-from ssl_vit.config import InputError, plain, to_yaml
-from ssl_vit.data.loader import BadReport, Pixels, TrainBatches
+from ssl_vit.config import plain, to_yaml
+from ssl_vit.data.bad_samples import BadSamples
+from ssl_vit.data.loader import Pixels, TrainBatches
 from ssl_vit.encoders.base import Encoder
 from ssl_vit.evaluation.base import Evaluation, Subject
 from ssl_vit.export.card import write_card
@@ -45,6 +43,9 @@ def run(recipe: Recipe, resume: str = "auto") -> None:
     precision = build.resolve_precision(recipe)
     folder = RunFolder(recipe.run.dir)
     checkpoint = folder.resume_point(plain(recipe), resume)
+    if folder.finished():
+        logger.info("run.dir=%s: this run is finished; nothing to do", folder.path)
+        return report(folder)
     objective = build.build_objective(recipe)
     sets = build.open_sets(recipe.data)
     stream = sets.stream(recipe)
@@ -77,10 +78,12 @@ def run(recipe: Recipe, resume: str = "auto") -> None:
     Trainer(
         accelerator,
         wrapped,
+        objective,
         optimizer,
         TrainBatches(
             sets.train, stream, objective.views(objective.encoder.img_size), pixels, recipe.seed,
-            recipe.optim.batch_size, micro, accelerator.process_index, accelerator.num_processes, recipe.data.bad_samples,
+            recipe.optim.batch_size, micro, accelerator.process_index, accelerator.num_processes,
+            recipe.data.bad_samples,
         ),
         pixels,
         plan,
@@ -105,10 +108,12 @@ def run(recipe: Recipe, resume: str = "auto") -> None:
 def evaluate(recipe: EvaluationRecipe, resume: str = "auto") -> None:
     """Measure an encoder as it is: all of ``evals`` once, into the run's folder."""
     folder = RunFolder(recipe.run.dir)
-    if folder.path.is_dir() and {entry.name for entry in folder.path.iterdir()} - {"status.json"}:
-        raise InputError(f"run.dir={folder.path}: is not empty; give another run.dir")
     pixels = build.resolve_pixels(recipe.data, recipe.encoder)
     precision = build.resolve_precision(recipe)
+    folder.resume_point(plain(recipe), resume)
+    if folder.finished():
+        logger.info("run.dir=%s: this evaluation is finished; nothing to do", folder.path)
+        return report(folder)
     objective = build.build_frozen(recipe)
     sets = build.open_sets(recipe.data)
     evaluations = build.build_evaluations(recipe.evals, labelled=sets.val is not None)
@@ -120,7 +125,7 @@ def evaluate(recipe: EvaluationRecipe, resume: str = "auto") -> None:
         folder.log_to_file()
         folder.status("running")
     objective.to(accelerator.device)
-    log = MetricsLog(folder.path, 0, 0, recipe.run.tensorboard, main)
+    log = MetricsLog(folder.path, -1, 0, recipe.run.tensorboard, main)
     bad = BadSamples(folder.path / "bad_samples.jsonl", 1.0)
     subject = subject_of(recipe, objective, objective, pixels, sets, accelerator.device, workers)
     subject.on_bad = bad
@@ -130,8 +135,11 @@ def evaluate(recipe: EvaluationRecipe, resume: str = "auto") -> None:
     log.evaluation(0, results)
     log.close()
     if main:
-        folder.write_json("result.json", {"evaluations": {"final": results}, "probe": sets.rule, "bad_samples": bad.count})
+        folder.write_json(
+            "result.json", {"evaluations": {"final": results}, "probe": sets.rule, "bad_samples": bad.count}
+        )
         folder.status("finished", exit_code=0)
+        report(folder)
 
 
 # --------------------------------------------------------------------------------------------- pieces
@@ -162,7 +170,7 @@ def subject_of(
 
 def evaluate_when_due(
     recipe: Recipe, evaluations: dict[str, Evaluation], plan: Plan, subject: Subject, log: MetricsLog
-) -> Any:
+) -> Callable[[int], None]:
     """A function of the steps done: every evaluation at the start, at the end and at multiples of its ``every``."""
     total = plan.total_steps
     every = {name: (recipe.evals[name] or {}).get("every") for name in evaluations}
@@ -212,32 +220,6 @@ def announce(
         logger.info("resumed after step %d of %d", start_step, plan.total_steps)
 
 
-class BadSamples:
-    """Counts and names samples that did not decode, in ``bad_samples.jsonl``; stops above a share.
-
-    Args:
-        path: of the file.
-        max_fraction: of the samples seen.
-    """
-
-    def __init__(self, path: Path, max_fraction: float) -> None:
-        self.path, self.max_fraction, self.count = path, max_fraction, 0
-
-    def __call__(self, reports: Iterable[BadReport], seen: int | None = None) -> None:
-        """Write the reports; ``seen`` is the number of training samples so far."""
-        with open(self.path, "a", encoding="utf-8") as file:
-            for report in reports:
-                self.count += 1
-                if self.count <= 5:
-                    logger.warning("bad sample: %s: %s", report.name, report.reason)
-                file.write(json.dumps(asdict(report)) + "\n")
-        if seen and self.count > max(self.max_fraction * seen, 1):
-            raise InputError(
-                f"{self.count} of {seen} samples did not decode, more than data.max_bad_fraction={self.max_fraction}; "
-                f"they are named in {self.path}"
-            )
-
-
 def save_picture(folder: Path, log: MetricsLog, step: int, name: str, image: np.ndarray) -> None:
     """``RUN/pictures/NAME_XXXXXXXX.png``, and TensorBoard; the main process's work."""
     if not distributed.is_main():
@@ -252,26 +234,37 @@ def finish(
     recipe: Recipe, folder: RunFolder, objective: Objective, pixels: Pixels, plan: Plan, rule: str, bad: int
 ) -> None:
     """Export the encoder with its check, write result.json and the card, say where everything is."""
-    target = folder.path / "encoder"
     difference = export_timm(
-        objective.encoder, target, mean=pixels.mean, std=pixels.std, crop_pct=pixels.crop_pct,
+        objective.encoder, folder.path / "encoder", mean=pixels.mean, std=pixels.std, crop_pct=pixels.crop_pct,
         interpolation=pixels.interpolation, metadata={"objective": recipe.objective["name"], "step": plan.total_steps},
     )  # fmt: skip
     lines = [line for line in read_metrics(folder.path / "metrics.jsonl") if "loss" not in line]
-    first = {k: v for line in lines if line["step"] == 0 for k, v in line.items()}
-    last = {k: v for line in lines if line["step"] == plan.total_steps for k, v in line.items()}
+    initial = {k: v for line in lines if line["step"] == 0 for k, v in line.items()}
+    final = {k: v for line in lines if line["step"] == plan.total_steps for k, v in line.items()}
     result = {
         "objective": recipe.objective["name"], "steps": plan.total_steps, "probe": rule, "bad_samples": bad,
-        "evaluations": {"initial": first, "final": last}, "export_difference": difference,
+        "evaluations": {"initial": initial, "final": final}, "export_difference": difference,
     }  # fmt: skip
     folder.write_json("result.json", result)
-    write_card(folder.path, {"recipe": plain(recipe), "result": result, "encoder": target.name})
-    logger.info("before -> after:")
-    for name in (key for key in last if key.endswith("/top1") or key == "rank/effective_rank"):
-        error = last.get(name.replace("/top1", "/standard_error")) if name.endswith("/top1") else None
-        spread = f"  (standard error {error:.4f})" if error is not None else ""
-        logger.info("  %-20s %.4f -> %.4f%s", name, first.get(name, float("nan")), last[name], spread)
-    logger.info("pictures: %s", folder.path / "pictures")
-    logger.info("encoder: %s  (largest feature difference after reloading in timm: %.1e)", target, difference)
-    logger.info("load it with:\n  import timm\n  encoder = timm.create_model('local-dir:%s')", target.resolve())
+    write_card(folder.path, {"recipe": plain(recipe), "result": result, "encoder": "encoder"})
     folder.status("finished", plan.total_steps, exit_code=0)
+    report(folder)
+
+
+def report(folder: RunFolder) -> None:
+    """Say what a finished run found and where its parts are."""
+    result = folder.read_json("result.json")
+    initial, final = result["evaluations"].get("initial", {}), result["evaluations"]["final"]
+    for name, value in final.items():
+        if name.endswith("/top1") or name == "rank/effective_rank":
+            error = final.get(name.replace("/top1", "/standard_error")) if name.endswith("/top1") else None
+            before = f"{initial[name]:.4f} -> " if name in initial else ""
+            logger.info("%-20s %s%.4f%s", name, before, value, f"  (standard error {error:.4f})" if error else "")
+    if (folder.path / "pictures").is_dir():
+        logger.info("pictures: %s", folder.path / "pictures")
+    if (folder.path / "encoder").is_dir():
+        encoder, difference = (folder.path / "encoder").resolve(), result["export_difference"]
+        logger.info("encoder: %s  (reloaded in timm, features differ by at most %.1e)", encoder, difference)
+        logger.info(
+            "load it with:\n  import timm\n  encoder = timm.create_model('local-dir:%s', pretrained=True)", encoder
+        )

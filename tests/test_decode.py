@@ -103,7 +103,7 @@ def test_transparency_is_composited_quietly(mode, background, recwarn):
     image.paste((9, 9, 9, 0), (10, 0, 20, 20))
     if mode == "P":
         image = image.convert("RGB").quantize(4)
-        alphas = bytes(255 if image.getpalette()[3 * i] > 128 else 0 for i in range(4))  # type: ignore[index]
+        alphas = bytes(255 if red > 128 else 0 for red in (image.getpalette() or [])[::3])
         data = saved(image, "PNG", transparency=alphas)
     else:
         data = saved(image.convert(mode), "PNG")
@@ -215,6 +215,7 @@ BROKEN = {
 def test_what_is_no_image_is_a_bad_sample(case, in_chans):
     """B38, B40: one kind of exception, with the reason and without addresses of objects."""
     data, reason = BROKEN[case]
+    reason = reason or "."
     with pytest.raises(BadSample, match=reason) as caught:
         decode(data, in_chans)
     assert "0x7" not in str(caught.value)
@@ -233,7 +234,7 @@ def test_the_pixel_limit_is_ours(kind, recwarn):
         inspect(data, full=False, max_pixels=1_000_000)
     limit = Image.MAX_IMAGE_PIXELS
     assert inspect(data, full=False).width == 12_000 or kind == "npy"
-    assert Image.MAX_IMAGE_PIXELS == limit
+    assert limit == Image.MAX_IMAGE_PIXELS
     assert not recwarn.list
 
 

@@ -11,6 +11,7 @@ from typing import TypeVar
 from pydantic import Field
 
 from ssl_vit.config import EXIT_BAD_INPUT, InputError, Section, check, help_lines, load
+from ssl_vit.data.formats import say
 
 Options = TypeVar("Options", bound=Section)
 
@@ -52,7 +53,7 @@ def index_main(argv: Sequence[str] | None = None) -> None:
             raise InputError(f"{folder}: no shards (*.tar) in it; give the folder that holds them")
         index = build_index(shards, folder, _class_names(options.classes, folder), lambda x: tqdm(x, disable=None))
         labels = f"{len(set(index.samples['label'].tolist()))} labels" if index.labelled else "unlabelled"
-        print(f"{folder}: indexed {len(index)} samples in {len(shards)} shards, {labels}")
+        say(f"{folder}: indexed {len(index)} samples in {len(shards)} shards, {labels}")
 
     _main("index.py", "Index a folder of tar shards, made by anybody.", ["SHARDS"], IndexOptions, run, argv)
 
@@ -65,7 +66,7 @@ def verify_main(argv: Sequence[str] | None = None) -> None:
 
         folder = Path(words[0]).expanduser()
         findings = verify(folder, options.workers)
-        print("\n".join([f"bad  {line}" for line in findings] or [f"{folder}: all shards and images are good"]))
+        say("\n".join([f"bad  {line}" for line in findings] or [f"{folder}: all shards and images are good"]))
         if findings:
             raise InputError(f"{folder}: {len(findings)} findings; pack again, or copy the named shards again")
 

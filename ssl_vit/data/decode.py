@@ -191,7 +191,8 @@ def _read_npy(data: bytes, max_pixels: int) -> np.ndarray:
         raise BadSample(f"is an array of shape {shape}; allowed: (H, W), (H, W, C) or (C, H, W)")
     if dtype.kind not in "buif":
         raise BadSample(f"is an array of {dtype}; allowed: bool, integers, floats")
-    _check_pixels(int(np.prod(shape[1:])), shape[0], max_pixels * 4)  # channels count as pixels here
+    height, width = shape[1:] if len(shape) == 3 and shape[0] < shape[2] else shape[:2]
+    _check_pixels(width, height, max_pixels)
     file.seek(0)
     array = np.lib.format.read_array(file, allow_pickle=False)
     return array if array.ndim == 3 else array[:, :, None]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 EXTENSIONS = frozenset(["jpg", "jpeg", "jfif", "png", "webp", "tif", "tiff", "bmp", "gif", "ppm", "pgm", "npy"])
 """File name endings (lower case, without the dot) that promise an image."""
 
@@ -47,5 +49,11 @@ def beginning(data: bytes) -> str:
 
 
 def printable(name: str) -> str:
-    """A name in which bytes that are not UTF-8 are written as escapes, so that it can be printed and stored."""
-    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+    """A file's name as text that can be printed and stored: UTF-8 whatever the locale, other bytes as escapes."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def say(text: str) -> None:
+    """Print a line that may hold any name, also to a terminal or log that knows only ASCII."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)

@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ssl_vit.config import InputError
+from ssl_vit.data.bad_samples import BadReport
 from ssl_vit.data.decode import BadSample, decode
 from ssl_vit.data.index import Index
 from ssl_vit.data.order import Stream, derive_seed, rank_positions, replacement_positions
@@ -58,17 +60,6 @@ class Pixels:
             if key in moved:
                 moved[key] = (moved[key].float() / 255 - mean) / std
         return moved
-
-
-@dataclass
-class BadReport:
-    """Samples that did not decode, with the reason, on their way from a worker to the main process."""
-
-    source: int
-    sample: int
-    name: str
-    reason: str
-    position: int = -1
 
 
 @dataclass
@@ -152,7 +143,7 @@ class EvalBatches(Dataset):
     """
 
     index: Index
-    samples: Sequence[int]
+    samples: Sequence[int] | np.ndarray
     view: View
     pixels: Pixels
     batch_size: int

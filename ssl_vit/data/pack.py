@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import Field
 
 from ssl_vit.config import InputError, Section, check
-from ssl_vit.data.formats import printable
+from ssl_vit.data.formats import printable, say
 from ssl_vit.data.images import Images, by_extension, open_images
 from ssl_vit.data.index import Shard, write_index
 from ssl_vit.data.order import permutation
@@ -196,14 +196,14 @@ def _print_summary(
     summary: dict[str, Any], images: Images, refused: list[tuple[str, str]], source: str, out: Path, seconds: float
 ) -> None:
     classes = summary["classes"] or []
-    print(f"{source}: found {summary['found']} images, packed {summary['packed']}, refused {summary['refused']}")
+    say(f"{source}: found {summary['found']} images, packed {summary['packed']}, refused {summary['refused']}")
     for name, reason in refused[:5]:
-        print(f"  refused  {name}: {reason}")
+        say(f"  refused  {name}: {reason}")
     for word in ("skipped", "ignored"):
         if names := getattr(images, word):
-            print(f"  {word}  {by_extension([printable(name) for name in names])}")
+            say(f"  {word}  {by_extension([printable(name) for name in names])}")
     first = ", ".join([*classes[:10], *(["..."] if len(classes) > 10 else [])])
-    print(f"  classes  {len(classes) or 'none: unlabelled'} {first}")
-    print(f"  modes    {', '.join(f'{count} {mode}' for mode, count in summary['modes'].items())}")
+    say(f"  classes  {len(classes) or 'none: unlabelled'} {first}")
+    say(f"  modes    {', '.join(f'{count} {mode}' for mode, count in summary['modes'].items())}")
     speed = f"{summary['found'] / seconds:.0f} images/s"
-    print(f"  wrote    {out}: {summary['shards']} shards, {summary['bytes'] / 1e6:.1f} MB, {speed}", flush=True)
+    say(f"  wrote    {out}: {summary['shards']} shards, {summary['bytes'] / 1e6:.1f} MB, {speed}")

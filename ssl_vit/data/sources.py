@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ssl_vit.config import InputError, nearest
+from ssl_vit.data.formats import say
 from ssl_vit.data.images import open_images
 from ssl_vit.data.index import INDEX, Index, build_index, read_index
 from ssl_vit.data.pack import PackOptions, pack_images
@@ -67,7 +68,7 @@ def _packed(spec: str, labels: str, cache: Path) -> Index:
     folder = cache / f"{kind}-{name}-{_digest(facts)}"
     with _locked(folder):
         if not folder.exists():
-            print(f"packing {spec} into {folder} (once)", flush=True)
+            say(f"packing {spec} into {folder} (once)")
             try:
                 pack_images(images, spec, folder, settings)
             except OSError as error:
@@ -106,7 +107,7 @@ def _built(files: Sequence[Path], folder: Path) -> Index:
     with _locked(folder):
         if (folder / INDEX).exists():
             return read_index(folder)
-        print(f"indexing {len(files)} shards into {folder} (once)", flush=True)
+        say(f"indexing {len(files)} shards into {folder} (once)")
         return build_index(files, folder)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import socket
@@ -54,7 +55,7 @@ def whole_folder(out: Path, overwrite: bool) -> Iterator[Path]:
 
 def _remove_left_overs(parent: Path, prefix: str) -> None:
     """Delete what a killed packing of the same target left behind."""
-    for folder in parent.glob(f"{prefix}*"):
+    for folder in parent.glob(f"{glob.escape(prefix)}*"):
         process = folder.name.removeprefix(prefix).partition("-")[0]
         if process.isdigit() and not Path(f"/proc/{process}").exists() and Path("/proc").exists():
             shutil.rmtree(folder, ignore_errors=True)

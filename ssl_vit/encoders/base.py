@@ -42,7 +42,7 @@ class Encoder(nn.Module):
         grad_checkpointing: whether activations are computed again in the backward pass.
     """
 
-    model: nn.Module
+    model: Any
     name: str
     embed_dim: int
     token_dim: int

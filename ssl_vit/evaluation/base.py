@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ssl_vit.config import InputError
+from ssl_vit.data.bad_samples import BadReport
 from ssl_vit.data.index import Index
-from ssl_vit.data.loader import BadReport, Pixels
+from ssl_vit.data.loader import Pixels
+from ssl_vit.encoders.base import Tokens
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Subject:
     """
 
     objective: nn.Module
-    pool: Callable[[object], Tensor]
+    pool: Callable[[Tokens], Tensor]
     img_size: tuple[int, int]
     pixels: Pixels
     device: torch.device
@@ -115,7 +117,9 @@ class Subject:
         """The samples of ``"probe"``, ``"val"`` or ``"images"``."""
         subset = {"probe": self.probe, "val": self.val, "images": self.images}[part]
         if subset is None:
-            raise InputError(f"data.{part}: this evaluation needs labelled images; give data.val=... (and data.probe=...)")
+            raise InputError(
+                f"data.{part}: this evaluation needs labelled images; give data.val=... (and data.probe=...)"
+            )
         return subset
 
     @property

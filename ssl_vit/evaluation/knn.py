@@ -39,7 +39,14 @@ class KNN(Evaluation):
         ks = [min(k, len(bank)) for k in self.k]
         rank, size = distributed.rank(), distributed.world_size()
         correct = knn_correct(
-            bank, bank_labels, queries[rank::size], labels[rank::size], ks, self.temperature, subject.num_classes, self.chunk
+            bank,
+            bank_labels,
+            queries[rank::size],
+            labels[rank::size],
+            ks,
+            self.temperature,
+            subject.num_classes,
+            self.chunk,
         )
         accuracies = (distributed.all_sum(correct).double() / len(labels)).tolist()
         results = {"top1": accuracies[0], "standard_error": standard_error(accuracies[0], len(labels))}

@@ -83,7 +83,13 @@ def stratified_folds(labels: Tensor, folds: int, generator: torch.Generator) -> 
 
 
 def fit_selected(
-    features: Tensor, labels: Tensor, num_classes: int, penalties: Sequence[float], folds: int, seed: int, rounds: int = 1
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    penalties: Sequence[float],
+    folds: int,
+    seed: int,
+    rounds: int = 1,
 ) -> tuple[Classifier, float]:
     """Choose the penalty on held-out folds of the training set, then fit all of it.
 

@@ -8,7 +8,7 @@ from ssl_vit.evaluation.base import Evaluation, Subject
 
 
 class Rank(Evaluation):
-    """Effective rank of the features, the exponential of the entropy of their singular values (RankMe, arXiv 2210.02885)."""
+    """Effective rank: the exponential of the entropy of the features' singular values (RankMe, arXiv 2210.02885)."""
 
     labelled = False
 

@@ -67,7 +67,8 @@ class Objective(nn.Module):
         if method is None:
             known = [name for name in CALLS if hasattr(self, name)]
             raise ValueError(
-                f"call={call!r}: {type(self).__name__} has no such call{nearest(call, known)}; allowed: {', '.join(known)}"
+                f"call={call!r}: {type(self).__name__} has no such call{nearest(call, known)}; "
+                f"allowed: {', '.join(known)}"
             )
         return method(batch)
 

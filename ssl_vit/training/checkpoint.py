@@ -115,7 +115,9 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
         raise InputError(f"{folder}: not a checkpoint (no {MANIFEST}); allowed: RUN/checkpoints/step_XXXXXXXX")
     for name, digest in json.loads((folder / MANIFEST).read_text(encoding="utf-8")).items():
         if not (folder / name).is_file() or file_sha256(folder / name) != digest:
-            raise InputError(f"{folder / name}: damaged (checksum differs); resume from another checkpoint with --resume PATH")
+            raise InputError(
+                f"{folder / name}: damaged (checksum differs); resume from another checkpoint with --resume PATH"
+            )
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     if state["format"] != FORMAT:
         raise InputError(f"{folder}: checkpoint format {state['format']}, this version reads {FORMAT}")
@@ -123,9 +125,7 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
     return load_file(folder / WEIGHTS), optimizer, state
 
 
-def restore(
-    folder: Path, objective: nn.Module, optimizer: torch.optim.Optimizer, fingerprint: list[str]
-) -> int:
+def restore(folder: Path, objective: nn.Module, optimizer: torch.optim.Optimizer, fingerprint: list[str]) -> int:
     """Fill objective and optimizer from a checkpoint of this run; returns the number of steps done.
 
     Raises:

@@ -10,7 +10,6 @@ import logging
 import math
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,6 @@ class MetricsLog:
         self.path = folder / "metrics.jsonl"
         truncate_metrics(self.path, start_step)
         self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
-        self.start_time = time.monotonic()
         if tensorboard:
             self._tracker("open", lambda: self._open_tensorboard(folder, start_step))
         if sys.stderr.isatty():
@@ -64,8 +62,8 @@ class MetricsLog:
         if not self.active:
             return
         self._write(line)
-        done = line["step"] - self.start_step
-        eta = (time.monotonic() - self.start_time) / max(done, 1) * (self.total_steps - line["step"])
+        images_left = (self.total_steps - line["step"]) * line["samples_seen"] / line["step"]
+        eta = images_left / line["images_per_second"]
         text = (
             f"loss {line['loss']:.4f}  lr {line['lr']:.2e}  {line['images_per_second']:.0f} images/s  "
             f"data_wait {line['data_wait']:.0%}"

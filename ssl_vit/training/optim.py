@@ -50,7 +50,6 @@ class OptimSection(Section):
         return betas
 
 
-
 def absolute_lr(optim: OptimSection) -> float:
     """The peak learning rate: ``base_lr * batch_size / lr_divisor``, the batch being the global one."""
     return optim.base_lr * (optim.batch_size / optim.lr_divisor if optim.lr_divisor else 1.0)
@@ -72,11 +71,13 @@ def parameter_groups(objective: nn.Module, weight_decay: float) -> list[dict]:
     for decayed in (True, False):
         chosen = [(name, p) for name, p in trainable if is_decayed(name, p, exempt) is decayed]
         if chosen:
-            groups.append({
-                "params": [p for _, p in chosen],
-                "names": [name for name, _ in chosen],
-                "weight_decay": weight_decay if decayed else 0.0,
-            })
+            groups.append(
+                {
+                    "params": [p for _, p in chosen],
+                    "names": [name for name, _ in chosen],
+                    "weight_decay": weight_decay if decayed else 0.0,
+                }
+            )
     return groups
 
 

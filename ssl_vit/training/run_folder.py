@@ -49,7 +49,9 @@ class RunFolder:
             if folder.name == "latest" and folder.is_file():
                 folder = folder.parent / folder.read_text(encoding="utf-8").strip()
             if not folder.is_dir():
-                raise InputError(f"--resume {resume}: no such folder; allowed: auto, never, RUN/checkpoints/step_XXXXXXXX")
+                raise InputError(
+                    f"--resume {resume}: no such folder; allowed: auto, never, RUN/checkpoints/step_XXXXXXXX"
+                )
             self._compare(folder.parents[1] / "recipe.yaml", recipe, f"--resume {resume}")
             return folder
         names = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else set()
@@ -58,14 +60,18 @@ class RunFolder:
         if resume == "never":
             raise InputError(f"run.dir={self.path}: is not empty and --resume is never; give another run.dir")
         if "recipe.yaml" not in names:
-            raise InputError(f"run.dir={self.path}: is not empty and holds no run (no recipe.yaml); give another run.dir")
+            raise InputError(
+                f"run.dir={self.path}: is not empty and holds no run (no recipe.yaml); give another run.dir"
+            )
         self._compare(self.path / "recipe.yaml", recipe, f"run.dir={self.path}")
         return Checkpoints(self.checkpoints).newest()
 
     @staticmethod
     def _compare(saved: Path, recipe: dict[str, Any], where: str) -> None:
         if not saved.is_file():
-            raise InputError(f"{where}: there is no {saved}, so the recipes cannot be compared; start with another run.dir")
+            raise InputError(
+                f"{where}: there is no {saved}, so the recipes cannot be compared; start with another run.dir"
+            )
         before = _flat(OmegaConf.to_container(OmegaConf.load(saved)))
         now = _flat(recipe)
         keys = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and not k.startswith("run."))
@@ -90,7 +96,15 @@ class RunFolder:
 
     def read_status(self) -> dict[str, Any]:
         """The last status, empty if there is none."""
-        file = self.path / "status.json"
+        return self.read_json("status.json")
+
+    def finished(self) -> bool:
+        """Whether the folder holds a run that reached its end."""
+        return self.read_status().get("state") == "finished" and (self.path / "result.json").is_file()
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """``RUN/name``, empty if it is not there."""
+        file = self.path / name
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
     def belongs_to_no_run(self) -> bool:

@@ -13,10 +13,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ssl_vit import distributed
-from ssl_vit.data.loader import STEP_SEED, BadReport, Batch, Pixels, TrainBatches, iterate
+from ssl_vit.data.bad_samples import BadReport
+from ssl_vit.data.loader import STEP_SEED, Batch, Pixels, TrainBatches, iterate
 from ssl_vit.data.order import derive_seed, steps_of
 from ssl_vit.data.views import seed_generators
-from ssl_vit.objectives.base import Progress
+from ssl_vit.objectives.base import Objective, Progress
 from ssl_vit.training.checkpoint import Checkpoints
 from ssl_vit.training.metrics import MetricsLog
 from ssl_vit.training.optim import OptimSection, absolute_lr
@@ -84,7 +85,8 @@ class Trainer:
 
     Args:
         accelerator: holds device, precision and strategy.
-        objective: as ``accelerator.prepare`` returned it.
+        wrapped: the objective as ``accelerator.prepare`` returned it; every call on weights goes through it.
+        objective: the same, unwrapped: schedules, EMA and saving.
         optimizer: likewise.
         batches: the training samples of this process.
         pixels: normalisation.
@@ -102,7 +104,8 @@ class Trainer:
     """
 
     accelerator: Accelerator
-    objective: nn.Module
+    wrapped: nn.Module
+    objective: Objective
     optimizer: torch.optim.Optimizer
     batches: TrainBatches
     pixels: Pixels
@@ -121,12 +124,11 @@ class Trainer:
     def fit(self) -> None:
         """Run all steps that are left, and save the last."""
         plan, total = self.plan, self.plan.total_steps
-        core = self.accelerator.unwrap_model(self.objective)
         if self.start_step == 0:
             self.evaluate(0)
             self._save(0)
         loader = self._loader()
-        self.objective.train()
+        self.wrapped.train()
         window_start, waited, window_steps = time.perf_counter(), 0.0, 0
 
         for step in range(self.start_step, total):
@@ -134,7 +136,7 @@ class Trainer:
             self._seed(step)
 
             # schedules
-            core.before_step(plan.progress(step))
+            self.objective.before_step(plan.progress(step))
             lr = plan.learning_rate(step)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr * group.get("lr_scale", 1.0)
@@ -150,27 +152,28 @@ class Trainer:
 
             # step
             if plan.optim.clip_grad is not None:
-                metrics["grad_norm"] = self.accelerator.clip_grad_norm_(
-                    self.objective.parameters(), plan.optim.clip_grad
-                )
+                norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), plan.optim.clip_grad)
+                metrics["grad_norm"] = torch.as_tensor(norm)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-            core.after_step()
+            self.objective.after_step()
 
             # log, evaluate, save
             done, window_steps = step + 1, window_steps + 1
             if done % self.log_every == 0 or done == total:
                 values = self._fetch({"loss": torch.stack(losses).mean(), **metrics})
                 elapsed = time.perf_counter() - window_start
-                self.log.train({
-                    "step": done,
-                    "epoch": done / plan.steps_per_epoch,
-                    **values,
-                    "lr": lr,
-                    "images_per_second": window_steps * plan.optim.batch_size / elapsed,
-                    "data_wait": waited / elapsed,
-                    "samples_seen": done * plan.optim.batch_size,
-                })
+                self.log.train(
+                    {
+                        "step": done,
+                        "epoch": done / plan.steps_per_epoch,
+                        **values,
+                        "lr": lr,
+                        "images_per_second": window_steps * plan.optim.batch_size / elapsed,
+                        "data_wait": waited / elapsed,
+                        "samples_seen": done * plan.optim.batch_size,
+                    }
+                )
                 if values["loss"] != values["loss"]:
                     raise FloatingPointError(f"step {done}: the loss is not a number; lower optim.base_lr or clip_grad")
                 window_start, waited, window_steps = time.perf_counter(), 0.0, 0
@@ -199,9 +202,9 @@ class Trainer:
 
     def _forward_backward(self, batch: Batch, last: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Gradients are averaged over processes once a step, at its last micro-batch."""
-        sync = contextlib.nullcontext() if last else self.accelerator.no_sync(self.objective)
+        sync = contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped)
         with sync:
-            loss, metrics = self.objective(batch, call="loss")
+            loss, metrics = self.wrapped(batch, call="loss")
             self.accelerator.backward(loss / self.plan.accumulation)
         return loss.detach().float(), dict(metrics)
 
@@ -213,7 +216,6 @@ class Trainer:
 
     def _save(self, step: int) -> None:
         if distributed.is_main():
-            core = self.accelerator.unwrap_model(self.objective)
             state = {**self.state, "samples_seen": step * self.plan.optim.batch_size}
-            self.checkpoints.save(step, core, self.optimizer, state)
+            self.checkpoints.save(step, self.objective, self.optimizer, state)
         distributed.barrier()
