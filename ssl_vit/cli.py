@@ -122,14 +122,6 @@ def evaluate(doc: str | None, pipeline: str, default: str) -> None:
     _door(doc, pipeline, EvaluationRecipe, lambda words: default, lambda values: None, start)
 
 
-def guarded(action: Callable[[], None]) -> None:
-    """Run ``action``; a user's mistake becomes its message as the last line of stderr and exit code 2."""
-    try:
-        action()
-    except InputError as error:
-        _refuse(error)
-
-
 def _refuse(error: InputError) -> NoReturn:
     print(f"error: {'; '.join(str(error).splitlines())}", file=sys.stderr)
     sys.exit(EXIT_BAD_INPUT)

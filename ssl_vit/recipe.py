@@ -53,14 +53,14 @@ class DataSection(Section):
     labels: Literal["auto", "none"] = "auto"
     mean: list[float] | None = None
     std: list[float] | None = None
-    crop_pct: float | None = Field(None, gt=0, le=1)
+    crop_pct: float | None = Field(default=None, gt=0, le=1)
     interpolation: Literal["bicubic", "bilinear"] | None = None
-    num_lanes: int = Field(64, ge=1)
-    window: int = Field(4096, ge=1)
-    repeats: int = Field(1, ge=1)
+    num_lanes: int = Field(default=64, ge=1)
+    window: int = Field(default=4096, ge=1)
+    repeats: int = Field(default=1, ge=1)
     bad_samples: Literal["skip", "stop"] = "skip"
-    max_bad_fraction: float = Field(0.01, ge=0, le=1)
-    max_pixels: int = Field(178_956_970, ge=1)
+    max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
+    max_pixels: int = Field(default=178_956_970, ge=1)
     cache: str | None = None
 
 
@@ -81,12 +81,12 @@ class RunSection(Section):
     """
 
     dir: str = "runs/default"
-    workers: int | None = Field(None, ge=0)
-    micro_batch_size: int | None = Field(None, ge=1)
-    eval_batch_size: int = Field(256, ge=1)
-    log_every: int = Field(20, ge=1)
+    workers: int | None = Field(default=None, ge=0)
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    eval_batch_size: int = Field(default=256, ge=1)
+    log_every: int = Field(default=20, ge=1)
     save_every: DurationField = Duration(1, "epochs")
-    keep_last: int = Field(2, ge=1)
+    keep_last: int = Field(default=2, ge=1)
     keep_every: DurationField | None = None
     tensorboard: bool = True
     deterministic: bool = False
@@ -103,7 +103,7 @@ class Recipe(Section):
         evals: evaluations by name, with 'every' and constructor arguments
     """
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     mixed_precision: Literal["bf16", "no", "auto"] = "auto"
     objective: dict[str, Any]
     encoder: dict[str, Any]
@@ -123,7 +123,7 @@ class EvaluationRecipe(Section):
         evals: evaluations by name, with constructor arguments
     """
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     mixed_precision: Literal["bf16", "no", "auto"] = "auto"
     encoder: dict[str, Any]
     data: DataSection = Field(default_factory=lambda: DataSection())

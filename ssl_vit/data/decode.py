@@ -13,7 +13,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -200,12 +200,10 @@ def _read_npy(data: bytes, max_pixels: int) -> np.ndarray:
 
 def _read_tiff(data: bytes, max_pixels: int) -> np.ndarray:
     """A TIFF whose bands Pillow has no mode for."""
-    try:
-        import tifffile  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise BadSample("is no TIFF that Pillow reads; tifffile reads any bands: pip install tifffile") from None
+    import tifffile
+
     with tifffile.TiffFile(io.BytesIO(data)) as tiff:
-        page = tiff.pages[0]
+        page: Any = tiff.pages[0]
         _check_pixels(page.imagewidth, page.imagelength, max_pixels)
         array = page.asarray()
     if array.ndim == 2:

@@ -237,7 +237,7 @@ def _architecture(name: str) -> dict[str, int]:
     import timm
 
     with torch.device("meta"):
-        model = timm.create_model(name, num_classes=0)
+        model: Any = timm.create_model(name, num_classes=0)
     return {
         "patch_size": model.patch_embed.patch_size[0],
         "embed_dim": model.embed_dim,
@@ -270,4 +270,6 @@ def _check_choices(pos_embed: str, global_pool: str, class_token: bool, drop_pat
     if global_pool == "token" and not class_token:
         raise ValueError("global_pool='token': needs class_token=true; allowed without a class token: avg")
     if not 0 <= drop_path_rate < 1:
-        raise ValueError(f"drop_path_rate={drop_path_rate}: allowed: 0 to below 1; nearest: {0.0 if drop_path_rate < 0 else 0.9}")
+        raise ValueError(
+            f"drop_path_rate={drop_path_rate}: allowed: 0 to below 1; nearest: {0.0 if drop_path_rate < 0 else 0.9}"
+        )

@@ -47,7 +47,8 @@ def fit_path(
         penalties: weights of the squared norm.
         max_iter: L-BFGS iterations a penalty at the most.
     """
-    dtype = torch.float64 if features.numel() <= 2_000_000 else torch.float32
+    small = features.numel() <= 2_000_000
+    dtype = torch.float64 if small else torch.float32
     features = features.to(dtype)
     mean, std = features.mean(dim=0), features.std(dim=0, unbiased=False)
     std = torch.where(std > 1e-8 * mean.abs().clamp_min(1), std, torch.ones_like(std))
@@ -57,7 +58,11 @@ def fit_path(
     classifiers = []
     for penalty in penalties:
         optimizer = torch.optim.LBFGS(
-            [weight, bias], max_iter=max_iter, tolerance_grad=1e-6, tolerance_change=1e-9, line_search_fn="strong_wolfe"
+            [weight, bias],
+            max_iter=max_iter,
+            tolerance_grad=1e-8 if small else 1e-6,
+            tolerance_change=1e-12 if small else 1e-9,
+            line_search_fn="strong_wolfe",
         )
 
         def closure(optimizer: torch.optim.LBFGS = optimizer, penalty: float = penalty) -> Tensor:

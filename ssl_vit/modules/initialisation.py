@@ -21,10 +21,9 @@ def initialise_mae(network: nn.Module) -> None:
             nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm):
-            if module.elementwise_affine:
-                nn.init.ones_(module.weight)
-                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm) and module.elementwise_affine:
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
     for name, parameter in network.named_parameters():
         if name.rpartition(".")[2] in TOKENS:
             nn.init.normal_(parameter, std=0.02)

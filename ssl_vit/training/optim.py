@@ -30,17 +30,17 @@ class OptimSection(Section):
     """
 
     name: Literal["adamw", "sgd"] = "adamw"
-    batch_size: int = Field(4096, ge=1)
+    batch_size: int = Field(default=4096, ge=1)
     epochs: DurationField = Duration(800, "epochs")
-    base_lr: float = Field(1.5e-4, gt=0)
-    lr_divisor: int | None = Field(256, ge=1)
-    min_lr: float = Field(0.0, ge=0)
+    base_lr: float = Field(default=1.5e-4, gt=0)
+    lr_divisor: int | None = Field(default=256, ge=1)
+    min_lr: float = Field(default=0.0, ge=0)
     warmup_epochs: DurationField = Duration(40, "epochs")
     schedule: Literal["cosine", "constant"] = "cosine"
-    weight_decay: float = Field(0.05, ge=0)
+    weight_decay: float = Field(default=0.05, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    clip_grad: float | None = Field(None, gt=0)
+    eps: float = Field(default=1e-8, gt=0)
+    clip_grad: float | None = Field(default=None, gt=0)
 
     @field_validator("betas")
     @classmethod

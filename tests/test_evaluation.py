@@ -1,0 +1,207 @@
+"""Evaluations against brute force and independent implementations; sets, splits and counting."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_ENCODER, write_images
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from torch.nn import functional as F
+
+from ssl_vit.build import open_sets
+from ssl_vit.config import InputError
+from ssl_vit.data.loader import Pixels
+from ssl_vit.data.sources import open_source
+from ssl_vit.encoders.base import create_encoder
+from ssl_vit.evaluation.base import Subject, Subset, split_by_key
+from ssl_vit.evaluation.few_shot import FewShot
+from ssl_vit.evaluation.knn import KNN, knn_correct
+from ssl_vit.evaluation.linear import Linear
+from ssl_vit.evaluation.logistic import fit_path, fit_selected, stratified_folds
+from ssl_vit.evaluation.pictures import sheet, to_rgb
+from ssl_vit.evaluation.rank import Rank
+from ssl_vit.objectives.base import Objective
+from ssl_vit.recipe import DataSection
+
+PIXELS = Pixels((0.5,) * 3, (0.5,) * 3, crop_pct=1.0)
+
+
+def blobs(n: int = 120, dim: int = 8, classes: int = 3, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % classes
+    centres = torch.randn(classes, dim, generator=torch.Generator().manual_seed(1))
+    return centres[labels] + 1.5 * torch.randn(n, dim, generator=generator), labels
+
+
+def subject(images: Path, **kwargs: object) -> Subject:
+    torch.manual_seed(0)
+    objective = Objective(create_encoder(**TINY_ENCODER)).eval()
+    sets = open_sets(DataSection(val=f"folder:{images}"))
+    return Subject(
+        objective, objective.encoder.pool, (32, 32), PIXELS, torch.device("cpu"), sets.images, sets.probe, sets.val,
+        batch_size=7, **kwargs,  # pyright: ignore[reportArgumentType]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_knn_equals_brute_force(chunk: int) -> None:
+    bank, bank_labels = blobs(seed=2)
+    queries, labels = blobs(n=41, seed=3)
+    expected = []
+    for k in (1, 5, 50):
+        right = 0
+        for query, label in zip(F.normalize(queries, dim=1), labels, strict=True):
+            similarity = F.normalize(bank, dim=1) @ query
+            votes = [0.0] * 3
+            for i in similarity.argsort(descending=True)[:k]:
+                votes[int(bank_labels[i])] += float((similarity[i] / 0.07).exp())
+            right += int(np.argmax(votes) == int(label))
+        expected.append(right)
+    assert knn_correct(bank, bank_labels, queries, labels, [1, 5, 50], 0.07, 3, chunk).tolist() == expected
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1e-2, 1e-4])
+def test_logistic_regression_equals_scikit_learn(penalty: float) -> None:
+    features, labels = blobs()
+    queries, _ = blobs(n=60, seed=5)
+    classifier = fit_path(features, labels, 3, [penalty])[0]
+    standard = ((features.double() - classifier.mean) / classifier.std).numpy()
+    reference = LogisticRegression(C=1 / (penalty * len(features)), tol=1e-10, max_iter=10_000).fit(
+        standard, labels.numpy()
+    )
+    ours = ((queries.double() - classifier.mean) / classifier.std) @ classifier.weight.T + classifier.bias
+    theirs = reference.decision_function(((queries.double() - classifier.mean) / classifier.std).numpy())
+    np.testing.assert_allclose(torch.softmax(ours, 1), torch.softmax(torch.from_numpy(theirs), 1), atol=2e-5)
+
+
+def test_logistic_regression_survives_constant_features() -> None:
+    features, labels = blobs()
+    features[:, 3] = 7.0
+    classifier = fit_path(features, labels, 3, [1e-3])[0]
+    assert classifier.weight.isfinite().all()
+    assert classifier.accuracy(features, labels) > 0.7
+
+
+def test_penalty_is_chosen_without_the_validation_set() -> None:
+    features, labels = blobs(n=90, dim=60)
+    penalties = [1.0, 1e-3, 1e-6]
+    classifier, chosen = fit_selected(features, labels, 3, penalties, folds=5, seed=0)
+    assigned = stratified_folds(labels, 5, torch.Generator().manual_seed(0))
+    held = assigned == 0
+    scores = [c.accuracy(features[held], labels[held]) for c in fit_path(features[~held], labels[~held], 3, penalties)]
+    assert chosen == penalties[int(np.argmax(scores))]
+    assert torch.allclose(classifier.weight, fit_path(features, labels, 3, [chosen])[0].weight, atol=1e-4)
+
+
+def test_folds_are_stratified() -> None:
+    labels = torch.tensor([0] * 50 + [1] * 10 + [2] * 3)
+    folds = stratified_folds(labels, 5, torch.Generator().manual_seed(3))
+    assert torch.bincount(folds[:50], minlength=5).tolist() == [10] * 5
+    assert torch.bincount(folds[50:60], minlength=5).tolist() == [2] * 5
+    assert sorted(torch.bincount(folds[60:], minlength=5).tolist()) == [0, 0, 1, 1, 1]
+
+
+def test_features_are_those_of_the_encoder_in_order(images: Path) -> None:
+    judged = subject(images)
+    features, labels = judged.features("val")
+    index, samples = judged.subset("val").index, judged.subset("val").samples
+    assert labels.tolist() == index.samples["label"][samples].tolist()
+    from ssl_vit.data.decode import decode
+    from ssl_vit.data.reader import Reader
+
+    reader = Reader(index)
+    pixels = torch.stack([decode(reader.read(int(s))) for s in samples]).float() / 255
+    expected = judged.pool(judged.objective({"image": (pixels - 0.5) / 0.5}, call="encode"))
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_evaluations_count_each_sample_once_and_name_bad_ones(tmp_path: Path) -> None:
+    from ssl_vit.data.pack import pack
+
+    images = write_images(tmp_path / "images", classes=2, per_class=11)
+    pack(f"folder:{images}", tmp_path / "shards", shuffle=False)
+    shard = next((tmp_path / "shards").glob("*.tar"))
+    index = open_source(str(tmp_path / "shards"))
+    record = index.samples[5]
+    data = bytearray(shard.read_bytes())
+    data[int(record["offset"]) : int(record["offset"]) + int(record["size"])] = b"x" * int(record["size"])
+    shard.write_bytes(bytes(data))
+    reports: list = []
+    torch.manual_seed(0)
+    objective = Objective(create_encoder(**TINY_ENCODER)).eval()
+    everything = Subset.all(open_source(str(tmp_path / "shards")))
+    judged = Subject(
+        objective, objective.encoder.pool, (32, 32), PIXELS, torch.device("cpu"), everything, everything, everything,
+        batch_size=4, on_bad=reports.extend,
+    )  # fmt: skip
+    features, labels = judged.features("val")
+    assert len(features) == len(labels) == 21
+    assert [report.name for report in reports] == [everything.index.describe(5)]
+
+
+def test_probe_sets_follow_the_contract(images: Path, tmp_path: Path) -> None:
+    other = write_images(tmp_path / "two", classes=2, per_class=5)
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for i, file in enumerate(sorted(other.rglob("*.png"))):
+        Image.open(file).save(flat / f"{i}.png")
+    labelled, unlabelled, smaller = f"folder:{images}", f"folder:{flat}", f"folder:{other}"
+    same = open_sets(DataSection(train=labelled, val=labelled))
+    assert same.probe is not None
+    assert len(same.probe.samples) == 72
+    split = open_sets(DataSection(train=unlabelled, val=labelled))
+    assert split.probe is not None
+    assert split.val is not None
+    assert (len(split.probe.samples), len(split.val.samples)) == (57, 15)
+    assert not set(split.probe.samples) & set(split.val.samples)
+    assert open_sets(DataSection(train=smaller, val=labelled)).rule.startswith("probes train on 80 %")
+    assert open_sets(DataSection(train=unlabelled)).val is None
+    with pytest.raises(InputError, match=r"data\.val=.*no labels"):
+        open_sets(DataSection(train=labelled, val=unlabelled))
+    with pytest.raises(InputError, match=r"data\.probe=.*classes of data\.val"):
+        open_sets(DataSection(train=labelled, val=labelled, probe=smaller))
+
+
+def test_split_is_stratified_and_decided_by_keys(images: Path) -> None:
+    everything = Subset.all(open_source(f"folder:{images}"))
+    first, second = split_by_key(everything, 0.2)
+    assert np.bincount(second.labels).tolist() == [5, 5, 5]
+    backwards, again = split_by_key(Subset(everything.index, everything.samples[::-1].copy()), 0.2)
+    assert set(again.samples) == set(second.samples)
+    assert set(backwards.samples) == set(first.samples)
+
+
+def test_each_evaluation_gives_sane_numbers(images: Path) -> None:
+    judged = subject(images)
+    knn, linear = KNN(k=[5, 20, 500])(judged), Linear()(judged)
+    few = FewShot(shots=3, draws=4)(judged)
+    assert knn["top1"] == knn["top1_k5"]
+    assert "top1_k57" in knn, "k is cut to the probe set"
+    for result in (knn, linear, few):
+        assert 0.5 < result["top1"] <= 1
+        assert 0 <= result["standard_error"] < 0.2
+    rank = Rank()(judged)
+    assert 1 <= rank["effective_rank"] <= 48
+    with pytest.raises(InputError, match=r"evals\.few_shot\.shots=30"):
+        FewShot(shots=30)(judged)
+
+
+def test_rank_of_a_collapsed_encoder_is_one(images: Path) -> None:
+    judged = subject(images)
+    judged._features["images"] = (torch.ones(50, 48), torch.zeros(50))
+    assert Rank()(judged)["effective_rank"] == pytest.approx(1.0, abs=1e-3)
+    judged._features["images"] = (torch.eye(48), torch.zeros(48))
+    assert Rank()(judged)["effective_rank"] == pytest.approx(48.0, rel=1e-3)
+
+
+def test_picture_sheets() -> None:
+    grey = to_rgb(torch.tensor([[[[0.0, 1.0], [2.0, -1.0]]]]))
+    assert grey[0, :, 0, 1].tolist() == [255] * 3
+    assert grey[0, 0].tolist() == [[0, 255], [255, 0]]
+    assert to_rgb(torch.zeros(2, 5, 4, 4)).shape == (2, 3, 4, 4)
+    image = sheet([torch.zeros(3, 3, 32, 32, dtype=torch.uint8)] * 4)
+    assert image.shape == (4 + 3 * 100, 4 + 4 * 100, 3)

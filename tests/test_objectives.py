@@ -1,0 +1,124 @@
+"""Generic over every objective in the folder: real views, a finite loss, gradients, state, clean refusals."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_DECODER, TINY_ENCODER, tiny_recipe
+
+from ssl_vit.build import build_objective, open_sets
+from ssl_vit.config import check, part_names
+from ssl_vit.data.loader import Pixels, TrainBatches
+from ssl_vit.objectives.base import CALLS, Objective, Progress
+from ssl_vit.recipe import Recipe, check_recipe
+
+NAMES = part_names("ssl_vit.objectives", "Objective")
+TINY = {"mae": TINY_DECODER}
+"""Constructor arguments that make an objective tiny; one without an entry is built with its defaults."""
+
+
+def build(name: str, images: Path, tmp_path: Path) -> tuple[Objective, dict[str, torch.Tensor]]:
+    """A tiny objective and a real batch from its own views."""
+    values = tiny_recipe(images, tmp_path, objective={"name": name, **TINY.get(name, {})})
+    recipe = check_recipe(check(Recipe, values))
+    objective = build_objective(recipe)
+    sets = open_sets(recipe.data)
+    pixels = Pixels((0.5,) * 3, (0.5,) * 3)
+    views = objective.views(objective.encoder.img_size)
+    batches = TrainBatches(sets.train, sets.stream(recipe), views, pixels, seed=0, batch_size=4, micro_batch_size=4)
+    batch, reports = batches[0]
+    assert not reports
+    return objective, pixels.to_device(batch, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_views_are_picklable(name: str, images: Path, tmp_path: Path) -> None:
+    objective, _ = build(name, images, tmp_path)
+    views = objective.views(objective.encoder.img_size)
+    assert pickle.loads(pickle.dumps(views)) == views
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loss_reaches_every_trainable_parameter(name: str, images: Path, tmp_path: Path) -> None:
+    objective, batch = build(name, images, tmp_path)
+    objective.train()
+    objective.before_step(Progress(0, 10, 0.0, 1.0, 0.0))
+    loss, metrics = objective(batch)
+    assert loss.shape == ()
+    assert loss.isfinite()
+    assert all(isinstance(value, torch.Tensor) and not value.requires_grad for value in metrics.values())
+    loss.backward()
+    for parameter_name, parameter in objective.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, parameter_name
+            assert parameter.grad.isfinite().all(), parameter_name
+            assert parameter.grad.abs().sum() > 0, parameter_name
+        else:
+            assert parameter.grad is None, parameter_name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_moves_what_trains_and_nothing_else(name: str, images: Path, tmp_path: Path) -> None:
+    objective, batch = build(name, images, tmp_path)
+    objective.train()
+    before = {k: v.clone() for k, v in objective.named_parameters()}
+    optimizer = torch.optim.SGD([p for p in objective.parameters() if p.requires_grad], lr=0.1)
+    objective.before_step(Progress(0, 10, 0.0, 1.0, 0.0))
+    objective(batch)[0].backward()
+    optimizer.step()
+    for parameter_name, parameter in objective.named_parameters():
+        moved = not torch.equal(parameter, before[parameter_name])
+        assert moved == parameter.requires_grad, parameter_name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loss_treats_samples_alone(name: str, images: Path, tmp_path: Path) -> None:
+    """Level (b): the loss of a batch is the mean over its halves, for objectives that do not declare otherwise."""
+    objective, batch = build(name, images, tmp_path)
+    if objective.level_c:
+        pytest.skip(f"level (c): {objective.level_c}")
+    objective = objective.double().eval()
+    batch = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
+    whole, _ = objective(batch)
+    halves = [objective({k: v[i : i + 2] for k, v in batch.items()})[0] for i in (0, 2)]
+    torch.testing.assert_close(whole, torch.stack(halves).mean(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_state_round_trip(name: str, images: Path, tmp_path: Path) -> None:
+    objective, batch = build(name, images, tmp_path)
+    torch.manual_seed(99)
+    other, _ = build(name, images, tmp_path)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(1.0)
+    other.load_state_dict(objective.state_dict())
+    objective.eval(), other.eval()
+    assert torch.equal(objective(batch)[0], other(batch)[0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_calls_go_through_one_door(name: str, images: Path, tmp_path: Path) -> None:
+    objective, batch = build(name, images, tmp_path)
+    objective.eval()
+    tokens = objective({"image": batch["image"]}, call="encode")
+    grid = objective.encoder.grid_size
+    assert tokens.patches.shape == (4, grid[0] * grid[1], objective.encoder.token_dim)
+    assert objective.encoder.pool(tokens).shape == (4, objective.encoder.embed_dim)
+    with pytest.raises(ValueError, match="allowed: loss, encode"):
+        objective(batch, call="enocde")
+    if "pictures" in CALLS and hasattr(objective, "pictures"):
+        for picture in objective({"image": batch["image"]}, call="pictures").values():
+            assert picture.shape == batch["image"].shape
+
+
+def test_an_objective_alone_measures_but_does_not_train() -> None:
+    from ssl_vit.encoders.base import create_encoder
+
+    objective = Objective(create_encoder(**TINY_ENCODER))
+    assert objective({"image": torch.zeros(1, 3, 32, 32)}, call="encode").patches.shape == (1, 16, 48)
+    with pytest.raises(ValueError, match="allowed: encode"):
+        objective({"image": torch.zeros(1, 3, 32, 32)}, call="loss")
