@@ -147,7 +147,7 @@ def _fit_positions(encoder: Encoder, found: dict[str, Tensor], path: Path) -> li
 
     own: Tensor = encoder.model.pos_embed
     table = found.get("pos_embed")
-    if table is None or table.shape == own.shape or table.shape[-1] != own.shape[-1]:
+    if table is None or table.shape[-1] != own.shape[-1]:
         return []
     prefix = 0 if encoder.model.no_embed_class else encoder.num_prefix_tokens
     count = table.shape[1] - prefix
@@ -156,8 +156,12 @@ def _fit_positions(encoder: Encoder, found: dict[str, Tensor], path: Path) -> li
     if size and patch:
         height, width = (size, size) if isinstance(size, int) else size
         grid = (height // patch, width // patch)
+    elif table.shape == own.shape:
+        grid = encoder.grid_size
     else:
         grid = (round(count**0.5), round(count**0.5))
+    if grid == encoder.grid_size:
+        return []
     if grid[0] * grid[1] != count:
         raise InputError(
             f"{path}: pos_embed has {count} patch positions, which is no grid that the file states or a square"

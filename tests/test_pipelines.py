@@ -1,0 +1,214 @@
+"""Every door as a user starts it: documented commands, messages, exit codes, files left behind."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, run_python, tiny_recipe
+
+from ssl_vit.config import to_yaml
+
+PIPELINES = sorted((ROOT / "pipelines").glob("*.py"))
+DOORS = [file for file in PIPELINES if file.stem not in ("pack", "index", "verify")]
+TINY_WORDS = [
+    "encoder.img_size=32", "encoder.patch_size=8", "encoder.embed_dim=48", "encoder.depth=2", "encoder.num_heads=3",
+    "objective.decoder_embed_dim=32", "objective.decoder_depth=1", "objective.decoder_num_heads=2",
+    "optim.batch_size=16", "optim.epochs=2 steps", "run.workers=0", "run.tensorboard=false", "data.crop_pct=1.0",
+]  # fmt: skip
+
+
+def status(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "status.json").read_text())
+
+
+@pytest.mark.parametrize("file", PIPELINES, ids=lambda f: f.stem)
+def test_help_lists_every_key(file: Path) -> None:
+    done = run_python(str(file), "--help")
+    assert done.returncode == 0, done.stderr
+    assert "default" in done.stdout
+    if file in DOORS:
+        for key in ("data.val  (", "run.dir  (", "evals.knn.temperature  (float; default 0.07)", "encoder.img_size  ("):
+            assert key in done.stdout
+        described = [line for line in done.stdout.splitlines() if re.match(r"  [\w.]+  \(", line)]
+        assert len(described) > 50 - 20 * (file.stem != "pretrain_mae")
+        for line in described:
+            key, _, text = line.strip().partition(")  ")
+            assert text or key.startswith(("data)", "optim)", "run)")), f"no text: {line}"
+
+
+@pytest.mark.parametrize("file", DOORS, ids=lambda f: f.stem)
+def test_print_config_is_a_complete_recipe(file: Path, tmp_path: Path) -> None:
+    words = [] if file.stem.startswith("pretrain") else ["encoder.name=vit_tiny_patch16_224"]
+    done = run_python(str(file), "--print-config", *words)
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "again.yaml").write_text(done.stdout)
+    again = run_python(str(file), "--print-config", "--config", str(tmp_path / "again.yaml"))
+    assert again.stdout == done.stdout
+
+
+@pytest.fixture(scope="session")
+def trained(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, started through accelerate from the pipelines' own folder."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    done = run_python(
+        "-m", "accelerate.commands.launch", "pretrain_mae.py",
+        f"data.train=folder:{images}", f"data.val=folder:{images}", f"run.dir={folder}", *TINY_WORDS,
+        cwd=ROOT / "pipelines",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "no --config: " in done.stderr
+    assert "mae_images.yaml" in done.stderr
+    return folder
+
+
+def test_pretraining_through_accelerate_leaves_the_whole_folder(trained: Path) -> None:
+    for name in ("recipe.yaml", "environment.json", "train.log", "metrics.jsonl", "status.json", "result.json",
+                 "README.md", "encoder/config.json", "encoder/model.safetensors", "checkpoints/latest"):  # fmt: skip
+        assert (trained / name).is_file(), name
+    assert {f.name for f in (trained / "pictures").iterdir()} == {"pictures_00000000.png", "pictures_00000002.png"}
+    assert status(trained)["state"] == "finished"
+    result = json.loads((trained / "result.json").read_text())
+    assert {"knn/top1", "linear/top1", "linear/standard_error"} <= result["evaluations"]["final"].keys()
+    assert result["evaluations"]["initial"]["knn/top1"] <= 1
+    assert result["export_difference"] <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["linear_probe", "knn"])
+@pytest.mark.parametrize("source", ["", "encoder", "checkpoints/step_00000002"])
+def test_probes_on_a_run_an_export_and_a_checkpoint(
+    trained: Path, images: Path, tmp_path: Path, name: str, source: str
+) -> None:
+    words = [f"encoder.init={trained / source}", f"data.train=folder:{images}", f"data.val=folder:{images}"]
+    done = run_python(f"pipelines/{name}.py", *words, f"run.dir={tmp_path / 'probe'}", "run.workers=0")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "probe" / "result.json").read_text())["evaluations"]["final"]
+    key = f"{'linear' if name == 'linear_probe' else 'knn'}/top1"
+    expected = json.loads((trained / "result.json").read_text())["evaluations"]["final"][key]
+    assert found[key] == expected, "the probe of the run's own evaluation"
+
+
+def mistakes() -> list[tuple[list[str], list[str]]]:
+    return [
+        (["objective.mask_ratio=1.0"], ["objective: mask_ratio=1.0", "allowed", "0.75"]),
+        (["objective.mask_ration=0.5"], ["objective.mask_ration=0.5", "did you mean 'mask_ratio'"]),
+        (["encoder.img_size=30"], ["img_size=30", "multiple of patch_size=8", "nearest: 32"]),
+        (["optim.batch_size=ten"], ["optim.batch_size='ten'", "integer"]),
+        (["optim.batch_sise=10"], ["optim.batch_sise=10", "did you mean 'batch_size'"]),
+        (["run.micro_batch_size=7"], ["optim.batch_size=16", "run.micro_batch_size=7", "nearest: 14"]),
+        (["optim.epochs=5 apples"], ["optim.epochs='5 apples'", "500 steps"]),
+        (["evals.knnn={}"], ["knnn", "did you mean 'knn'"]),
+        (["evals.knn.k=[0]"], ["evals.knn", "k=[0]"]),
+        (["encoder.name=vit_tny_patch16_224"], ["vit_tny_patch16_224", "did you mean 'vit_tiny_patch16_224'"]),
+        (["data.train=folder:/nowhere/at/all"], ["/nowhere/at/all"]),
+        (["data.mean=[0.5]"], ["data.mean=[0.5]", "in_chans=3"]),
+        (["mixed_precision=fp8"], ["mixed_precision='fp8'", "'bf16', 'no' or 'auto'"]),
+        (["encoder.init=/nowhere.pth"], ["/nowhere.pth", "no such file"]),
+        (["objective.name=simmm"], ["objective.name='simmm'", "'mae'"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml", "no such file"]),
+        (["justaword"], ["'justaword'", "key=value"]),
+        (["--resume", "nowhere"], ["--resume nowhere", "allowed: auto, never"]),
+    ]
+
+
+def test_mistakes_give_one_clear_message_and_exit_code_2(images: Path, tmp_path: Path) -> None:
+    """In this process for speed; :func:`test_a_mistake_in_a_process_of_its_own` shows that a process ends the same."""
+    import contextlib
+    import io
+    import sys
+
+    from ssl_vit import cli
+
+    for number, (words, parts) in enumerate(mistakes()):
+        folder = tmp_path / str(number)
+        given = [f"data.train=folder:{images}", f"run.dir={folder}", *TINY_WORDS, *words]
+        stderr, argv = io.StringIO(), sys.argv
+        sys.argv = ["pretrain_mae.py", *given]
+        try:
+            with contextlib.redirect_stderr(stderr), pytest.raises(SystemExit) as ended:
+                cli.pretrain("", str(ROOT / "pipelines" / "pretrain_mae.py"), "mae", "pretrain/mae_digits.yaml",
+                             "pretrain/mae_images.yaml")  # fmt: skip
+        finally:
+            sys.argv = argv
+        message = stderr.getvalue().strip().splitlines()[-1]
+        assert ended.value.code == 2, words
+        for part in parts:
+            assert part in message, f"{words}: {message}"
+        assert "Traceback" not in stderr.getvalue()
+        left = {f.name for f in folder.iterdir()} if folder.exists() else set()
+        assert left <= {"status.json"}, f"{words}: half-written {left}"
+
+
+def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
+    done = run_python("pipelines/pretrain_mae.py", "optim.batch_sise=10", f"run.dir={tmp_path / 'run'}")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("error: optim.batch_sise=10: unknown key (did you mean")
+    left = status(tmp_path / "run")
+    assert (left["state"], left["exit_code"]) == ("failed", 2)
+    assert "batch_sise" in left["message"]
+
+
+def test_a_refused_start_leaves_a_run_alone(trained: Path) -> None:
+    before = status(trained)
+    done = run_python("pipelines/pretrain_mae.py", "optim.batch_size=8", f"run.dir={trained}")
+    assert done.returncode == 2
+    assert "another recipe" in done.stderr
+    assert status(trained) == before
+
+
+def test_a_crash_is_recorded(images: Path, tmp_path: Path) -> None:
+    values = tiny_recipe(images, tmp_path / "run", optim__base_lr=1e30)
+    (tmp_path / "r.yaml").write_text(to_yaml(values))
+    done = run_python("pipelines/pretrain_mae.py", "--config", str(tmp_path / "r.yaml"))
+    assert done.returncode == 1
+    left = status(tmp_path / "run")
+    assert left["state"] == "failed"
+    assert "FloatingPointError" in left["message"]
+
+
+def test_unlabelled_folder_gets_label_free_measures(images: Path, tmp_path: Path) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for i, file in enumerate(sorted(images.rglob("*.png"))):
+        (flat / f"{i}.png").write_bytes(file.read_bytes())
+    done = run_python("pipelines/pretrain_mae.py", f"data.train=folder:{flat}", f"run.dir={tmp_path / 'run'}", *TINY_WORDS)
+    assert done.returncode == 0, done.stderr
+    final = json.loads((tmp_path / "run" / "result.json").read_text())["evaluations"]["final"]
+    assert "rank/effective_rank" in final
+    assert "knn/top1" not in final
+    assert "label-free" in (tmp_path / "run" / "train.log").read_text()
+
+
+def readme_commands() -> list[str]:
+    """Every command in the README's and CONTRIBUTING's code blocks."""
+    found = []
+    for name in ("README.md", "CONTRIBUTING.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
+            found += [line.split("#")[0].strip() for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+    return [line for line in found if line]
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_documented_commands_are_real(command: str) -> None:
+    """Scripts exist; pipelines accept the documented words (``--print-config`` stops before the work)."""
+    words = command.split()
+    if words[0] == "bash":
+        assert (ROOT / words[1]).is_file(), command
+        return
+    if words[0] in ("accelerate", "python"):
+        script = next(word for word in words if word.endswith(".py"))
+        assert (ROOT / script).is_file(), command
+        rest = words[words.index(script) + 1 :]
+        if ROOT / script in DOORS:
+            options = [w if not w.startswith("encoder.init=") else "encoder.name=vit_tiny_patch16_224" for w in rest]
+            done = run_python(script, "--print-config", *options)
+            assert done.returncode == 0, f"{command}: {done.stderr}"
+        else:
+            assert run_python(script, "--help").returncode == 0
+        return
+    assert words[0] in ("git", "cd", "ruff", "basedpyright", "tensorboard", "pytest", "source", "tar"), command
