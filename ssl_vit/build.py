@@ -171,12 +171,11 @@ def build_evaluations(evals: dict[str, Any], labelled: bool) -> dict[str, Evalua
     """The evaluations of a recipe by name; those that need labels are left out, and named, where there are none."""
     built = {}
     for name, values in evals.items():
-        cls = evaluation_class(name)
-        if cls.labelled and not labelled:
-            logger.info("%s: left out, it needs labelled images (data.val)", name)
-            continue
-        arguments = {key: value for key, value in values.items() if key != "every"}
+        cls, arguments = evaluation_class(name), {key: value for key, value in values.items() if key != "every"}
         built[name] = constructed(f"evals.{name}", lambda cls=cls, arguments=arguments: cls(**arguments))
+    for name in [name for name, evaluation in built.items() if evaluation.labelled and not labelled]:
+        logger.info("%s: left out, it needs labelled images (data.val)", name)
+        del built[name]
     return built
 
 

@@ -151,6 +151,7 @@ def _door(
         if arguments.print_config:
             print(to_yaml(recipe), end="")
             return
+        check_libraries()
         _log()
         if not arguments.files:
             logging.getLogger("ssl_vit").info("no --config: %s", files[0])
@@ -161,6 +162,23 @@ def _door(
     except Exception as error:
         _failed(values, 1, f"{type(error).__name__}: {error}")
         raise
+
+
+def check_libraries() -> None:
+    """Import the pair that most often does not match, so that a mismatch is named before it breaks timm.
+
+    Raises:
+        InputError: torchvision does not load with this torch.
+    """
+    from importlib.metadata import version
+
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, OSError, RuntimeError) as error:
+        raise InputError(
+            f"torch {version('torch')} and torchvision {version('torchvision')} do not match "
+            f"({' '.join(str(error).split())}); install the tested pair: pip install -c constraints.txt torch torchvision"
+        ) from None
 
 
 def _find(file: Path, configs: Path) -> Path:
@@ -204,6 +222,8 @@ def help_text(doc: str | None, section: type[Section], values: dict[str, Any]) -
         lines += help_lines(signature_section(cls, ("encoder",)), "objective.")
     for part in part_names("ssl_vit.evaluation", "Evaluation"):
         cls = evaluation_class(part)
-        lines += ["", f"evaluation {part}:", f"  evals.{part}.every  (epochs or 'N steps'; default: start and end)"]
+        lines += ["", f"evaluation {part}:"]
+        if section is Recipe:
+            lines.append(f"  evals.{part}.every  (epochs or 'N steps'; default None)  also during training, this often")
         lines += help_lines(signature_section(cls), f"evals.{part}.")
     return "\n".join(lines)

@@ -26,7 +26,7 @@ from ssl_vit.recipe import EvaluationRecipe, Recipe, micro_batch
 from ssl_vit.training.checkpoint import Checkpoints, restore
 from ssl_vit.training.metrics import MetricsLog, read_metrics
 from ssl_vit.training.optim import build_optimizer
-from ssl_vit.training.run_folder import RunFolder
+from ssl_vit.training.run_folder import RunFolder, library_versions
 from ssl_vit.training.trainer import Plan, Trainer
 
 logger = logging.getLogger(__name__)
@@ -200,6 +200,8 @@ def announce(
     """The lines a person checks before walking away."""
     if not accelerator.is_main_process:
         return
+    versions = ", ".join(f"{name} {number}" for name, number in library_versions().items())
+    logger.info("versions: %s", versions)
     images = ", ".join(f"{len(index)} images in {len(index.shards)} shards" for index in sets.train)
     logger.info("data: %s; an epoch is %d", images, plan.epoch_size)
     logger.info("evaluation: %s", sets.rule)

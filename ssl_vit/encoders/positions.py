@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 
-def sincos2d_table(grid_size: tuple[int, int], embed_dim: int, num_prefix_tokens: int = 0) -> Tensor:
+def sincos2d_table(
+    grid_size: tuple[int, int], embed_dim: int, num_prefix_tokens: int = 0, name: str = "embed_dim"
+) -> Tensor:
     """Position table of MAE (arXiv 2111.06377, section A.1): first half of the channels for x, second half for y.
 
     Each half is the sines of ``embed_dim / 4`` frequencies (float64, base 10000), then their cosines. Prefix tokens
@@ -16,6 +18,7 @@ def sincos2d_table(grid_size: tuple[int, int], embed_dim: int, num_prefix_tokens
         grid_size: (h, w) of the patch grid.
         embed_dim: channels of the table.
         num_prefix_tokens: rows of zeros in front.
+        name: what messages call ``embed_dim``.
 
     Returns:
         (1, P + N, D), float32; patches row by row.
@@ -24,10 +27,8 @@ def sincos2d_table(grid_size: tuple[int, int], embed_dim: int, num_prefix_tokens
         ValueError: ``embed_dim`` is not divisible by 4.
     """
     if embed_dim % 4:
-        raise ValueError(
-            f"embed_dim={embed_dim}: allowed with sine-cosine positions: multiples of 4; "
-            f"nearest: {max(round(embed_dim / 4), 1) * 4}"
-        )
+        near = max(round(embed_dim / 4), 1) * 4
+        raise ValueError(f"{name}={embed_dim}: allowed with fixed positions: multiples of 4; nearest: {near}")
     height, width = grid_size
     quarter = embed_dim // 4
     frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cache
 from typing import Any, Literal, cast
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ssl_vit.config import nearest
+from ssl_vit.encoders.architectures import architecture_sizes, check_choice, check_sizes, default_heads, timm_name
 from ssl_vit.encoders.base import Encoder, Tokens
 from ssl_vit.encoders.positions import sincos2d_table
 
@@ -60,10 +59,15 @@ class ViT(Encoder):
         super().__init__()
         self.name = timm_name(name)
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-        _check_numbers(patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
-        _check_choices(pos_embed, global_pool, class_token, drop_path_rate)
+        check_sizes(patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
+        check_choice("pos_embed", pos_embed, ("sincos2d", "learned"))
+        check_choice("global_pool", global_pool, ("token", "avg"))
+        if global_pool == "token" and not class_token:
+            raise ValueError("global_pool='token': needs class_token=true; allowed without a class token: avg")
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate={drop_path_rate}: allowed: 0 to below 1; nearest: 0.0")
         if embed_dim is not None:
-            num_heads = num_heads or _default_heads(embed_dim)
+            num_heads = num_heads or default_heads(embed_dim)
         self.img_size = (int(height), int(width))
         self._given = {
             "in_chans": in_chans,
@@ -78,22 +82,17 @@ class ViT(Encoder):
     def _build(self, sizes: dict[str, int | None]) -> None:
         import timm
 
-        default = _architecture(self.name)
+        default = architecture_sizes(self.name)
         sizes = {key: default[key] if value is None else value for key, value in sizes.items()}
         patch, embed_dim, num_heads = (cast(int, sizes[key]) for key in ("patch_size", "embed_dim", "num_heads"))
         for axis, pixels in zip(("height", "width"), self.img_size, strict=True):
             if pixels < patch or pixels % patch:
                 near = max(round(pixels / patch), 1) * patch
                 raise ValueError(
-                    f"img_size={_short(self.img_size)}: its {axis} {pixels} should be a multiple of "
+                    f"img_size={list(self.img_size)}: its {axis} {pixels} should be a multiple of "
                     f"patch_size={patch}; nearest: {near}"
                 )
-        if embed_dim % num_heads:
-            heads = [n for n in range(1, embed_dim + 1) if embed_dim % n == 0]
-            raise ValueError(
-                f"num_heads={num_heads}: should divide embed_dim={embed_dim}; "
-                f"nearest: {min(heads, key=lambda n: abs(n - num_heads))}"
-            )
+        check_sizes(embed_dim=embed_dim, num_heads=num_heads)
         self._arguments = {**self._given, **sizes}
         architecture, arguments = self.timm_config()
         self.model = timm.create_model(architecture, drop_path_rate=self.drop_path_rate, **arguments)
@@ -203,73 +202,3 @@ def run_blocks(blocks: Iterable[nn.Module], tokens: Tensor, grad_checkpointing: 
     for block in blocks:
         tokens = cast(Tensor, checkpoint(block, tokens, use_reentrant=False) if recompute else block(tokens))
     return tokens
-
-
-@cache
-def _architectures() -> tuple[str, ...]:
-    """timm's plain ViTs that begin with vit_."""
-    import timm
-
-    return tuple(name for name in timm.list_models(module="vision_transformer") if name.startswith("vit_"))
-
-
-def timm_name(name: str) -> str:
-    """The timm architecture meant by ``name``: itself, or ``name`` with the first size timm has for it.
-
-    Raises:
-        ValueError: timm has no such plain ViT.
-    """
-    names = _architectures()
-    sized = [known for known in names if known.rpartition("_")[0] == name and known.rpartition("_")[2].isdigit()]
-    if name in names:
-        return name
-    if sized:
-        return min(sized, key=lambda known: (not known.endswith("_224"), known))
-    raise ValueError(
-        f"name={name!r}: timm has no such plain ViT{nearest(name, names)}; allowed: "
-        "vit_{tiny,small,base,large,huge}_patch{8,14,16,32}_224 and timm.list_models('vit_*')"
-    )
-
-
-@cache
-def _architecture(name: str) -> dict[str, int]:
-    """Sizes that timm gives an architecture."""
-    import timm
-
-    with torch.device("meta"):
-        model: Any = timm.create_model(name, num_classes=0)
-    return {
-        "patch_size": model.patch_embed.patch_size[0],
-        "embed_dim": model.embed_dim,
-        "depth": len(model.blocks),
-        "num_heads": model.blocks[0].attn.num_heads,
-    }
-
-
-def _default_heads(embed_dim: int) -> int:
-    return embed_dim // max(width for width in range(1, 65) if embed_dim % width == 0)
-
-
-def _short(size: tuple[int, int]) -> str:
-    return str(size[0]) if size[0] == size[1] else str(list(size))
-
-
-def _check_numbers(**values: int | None) -> None:
-    for key, value in values.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{key}={value}: allowed: whole numbers from 1; nearest: 1")
-
-
-def _check_choices(pos_embed: str, global_pool: str, class_token: bool, drop_path_rate: float) -> None:
-    for key, value, allowed in (
-        ("pos_embed", pos_embed, ("sincos2d", "learned")),
-        ("global_pool", global_pool, ("token", "avg")),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{key}={value!r}: allowed: {', '.join(allowed)}{nearest(str(value), allowed)}")
-    if global_pool == "token" and not class_token:
-        raise ValueError("global_pool='token': needs class_token=true; allowed without a class token: avg")
-    if not 0 <= drop_path_rate < 1:
-        raise ValueError(
-            f"drop_path_rate={drop_path_rate}: allowed: 0 to below 1; nearest: {0.0 if drop_path_rate < 0 else 0.9}"
-        )

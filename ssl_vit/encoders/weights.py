@@ -1,217 +1,228 @@
-"""Weights from files: official MAE files, timm, our own runs and exports; every key is accounted for.
-
-Foreign files are read with ``weights_only=True`` or as safetensors. Nothing is ever loaded in part without a word.
-"""
+"""Filling encoders and objectives from files of any published layout, with every key accounted for."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import pickle
-from collections import Counter
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from omegaconf import OmegaConf
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ssl_vit.config import InputError
 from ssl_vit.encoders.base import Encoder
+from ssl_vit.encoders.files import encoder_config, find_weights, load_state
+from ssl_vit.encoders.positions import sincos2d_table
 
-CONTAINERS = ("model", "state_dict", "module", "model_state_dict")
-WRAPPERS = {"module", "_orig_mod"}
-PREFIXES = ("encoder.model.", "", "model.", "encoder.", "backbone.", "vit.")
-MARK = "patch_embed.proj.weight"
-NOT_ENCODER = ("decoder", "mask_token", "head", "head_dist", "lm_head", "projector", "predictor")
-DATA_KEYS = ("mean", "std", "crop_pct", "interpolation")
+__all__ = ["LoadReport", "encoder_config", "fill_encoder", "fill_objective", "find_weights", "load_state"]
+
+ANCHOR = "patch_embed.proj.weight"
+OWN_PREFIX = "encoder.model."
+PREFIXES = ("", OWN_PREFIX, "encoder.", "backbone.", "model.")
+NOT_ENCODER = ("decoder", "mask_token", "head")
 
 
-def load_state(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a file, or of a run, checkpoint or export folder, under names without wrapper prefixes.
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of a file's tensors.
+
+    Attributes:
+        source: the file.
+        loaded: tensors that were filled.
+        total: tensors there are to fill.
+        ignored: groups of tensors in the file that have no place here.
+        notes: tensors that were renamed, resized or computed anew.
+    """
+
+    source: str
+    loaded: int
+    total: int
+    ignored: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        ignored = f"; ignored: {', '.join(self.ignored)}" if self.ignored else ""
+        return "; ".join([f"{self.source}: {self.loaded}/{self.total} tensors loaded{ignored}", *self.notes])
+
+
+def fill_encoder(encoder: Encoder, path: str | Path) -> LoadReport:
+    """Fill an encoder (``encoder.init=``).
+
+    Takes MAE's official layout (encoder only or full), timm's, our checkpoints, timm folders and runs. Position
+    tables of another grid are resized, or computed anew where both are MAE's fixed table.
+
+    Args:
+        encoder: the encoder to fill.
+        path: a file or folder.
 
     Raises:
-        InputError: there is no such file, or it holds no plain tensors.
+        InputError: a tensor of the encoder is missing or has another shape, or the file has one that is not known.
     """
-    file = weights_file(Path(path))
-    try:
-        if file.suffix == ".safetensors":
-            state: Any = load_file(file)
-        else:
-            # the official MAE files hold their command line as a Namespace beside the weights: the one safe global
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                state = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, ValueError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
+    where = f"encoder.init={path}"
+    state, ignored = _encoder_part(load_state(path), where)
+    notes = []
+    own = encoder.model.state_dict()
+    if "norm.weight" in own and "norm.weight" not in state and "fc_norm.weight" in state:
+        state = {name.replace("fc_norm.", "norm."): tensor for name, tensor in state.items()}
+        notes.append("fc_norm used as the final norm (here before the pooling)")
+    _compare_names(state, own, where)
+    if "pos_embed" in own:
+        state["pos_embed"], note = _fit_positions(encoder, state["pos_embed"], _stored_grid(path), where)
+        notes += [note] if note else []
+    _compare_shapes(state, own, where)
+    encoder.model.load_state_dict(state)
+    return LoadReport(str(find_weights(path)), len(own), len(own), ignored, tuple(notes))
+
+
+def fill_objective(objective: nn.Module, path: str | Path) -> LoadReport:
+    """Fill a whole objective, decoder and heads included (``objective.init=``).
+
+    Takes MAE's official full layout, our checkpoints and runs.
+
+    Args:
+        objective: the objective to fill.
+        path: a file or folder.
+
+    Raises:
+        InputError: the file holds an encoder only, or a tensor is missing, unknown or of another shape.
+    """
+    where = f"objective.init={path}"
+    encoder = objective.encoder
+    assert isinstance(encoder, Encoder)
+    state, own = load_state(path, whole=True), objective.state_dict()
+    if ANCHOR in state:
+        names = encoder.model.state_dict()
+        state = {OWN_PREFIX + name if name in names else name: tensor for name, tensor in state.items()}
+    others = [name for name in own if not name.startswith("encoder.")]
+    if others and not any(name in state for name in others):
+        kind = "a fine-tuned classifier" if "head.weight" in state else "an encoder only"
         raise InputError(
-            f"{file}: cannot be read as weights (safetensors, or torch.load without code): {reason}"
-        ) from None
-    for container in CONTAINERS:
-        if isinstance(state, dict) and isinstance(state.get(container), dict):
-            state = state[container]
-            break
-    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, dict) else {}
-    if not tensors:
-        raise InputError(f"{file}: holds no named tensors; allowed: a state dict, or one under {', '.join(CONTAINERS)}")
-    return {".".join(part for part in name.split(".") if part not in WRAPPERS): t for name, t in tensors.items()}
+            f"{where}: holds {kind}, nothing of {', '.join(_groups(others))}; give it as encoder.init=, "
+            "or take the full file"
+        )
+    _compare_names(state, own, where)
+    notes = []
+    if f"{OWN_PREFIX}pos_embed" in own:
+        fitted, note = _fit_positions(encoder, state[f"{OWN_PREFIX}pos_embed"], _stored_grid(path), where)
+        state[f"{OWN_PREFIX}pos_embed"] = fitted
+        if note:
+            notes.append(note)
+            fixed = [n for n, p in objective.named_parameters() if n.endswith("pos_embed") and not p.requires_grad]
+            for name in [name for name in fixed if not name.startswith("encoder.")]:
+                state[name] = own[name]
+                notes.append(f"{name}: computed anew")
+    _compare_shapes(state, own, where)
+    objective.load_state_dict(state)
+    return LoadReport(str(find_weights(path, whole=True)), len(own), len(own), (), tuple(notes))
 
 
-def weights_file(path: Path) -> Path:
-    """The file of weights that a path means: itself, or the one in a run, checkpoint or export folder.
-
-    Raises:
-        InputError: there is none.
-    """
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise InputError(f"{path}: no such file or folder; give a run, a checkpoint, an export or a file of weights")
-    newest = sorted(path.glob("checkpoints/step_*/manifest.json"))
-    for candidate in (
-        path / "encoder" / "model.safetensors",
-        path / "model.safetensors",
-        path / "objective.safetensors",
-        *(file.with_name("objective.safetensors") for file in newest[-1:]),
-    ):
-        if candidate.is_file():
-            return candidate
-    raise InputError(f"{path}: holds no weights; give a run, a checkpoint folder, an export or a file of weights")
-
-
-def encoder_config(path: str | Path) -> dict[str, Any]:
-    """What a run, checkpoint or timm folder says of its encoder; empty for a bare file of weights.
-
-    Returns:
-        Constructor arguments of the encoder, and under ``data`` its mean, std, crop_pct and interpolation.
-    """
-    file = weights_file(Path(path))
-    if (file.parent / "config.json").is_file():
-        config = json.loads((file.parent / "config.json").read_text(encoding="utf-8"))
-        if "ssl_vit" in config:
-            return {**config["ssl_vit"]["encoder"], "data": config["ssl_vit"]["data"]}
-        return _from_timm(config)
-    for folder in file.parents[:4]:
-        if (folder / "recipe.yaml").is_file():
-            recipe: Any = OmegaConf.to_container(OmegaConf.load(folder / "recipe.yaml"))
-            encoder = {key: value for key, value in recipe["encoder"].items() if key != "init"}
-            return {**encoder, "data": {key: recipe["data"][key] for key in DATA_KEYS}}
-    return {}
-
-
-def _from_timm(config: dict[str, Any]) -> dict[str, Any]:
-    """A timm folder that others wrote: architecture, arguments and preprocessing."""
-    arguments, stated = config.get("model_args", {}), config.get("pretrained_cfg", {})
-    known = ("patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio", "class_token", "global_pool")
-    encoder = {key: arguments[key] for key in known if key in arguments}
-    size = arguments.get("img_size") or stated.get("input_size", (3, 224, 224))[1:]
-    encoder |= {"name": config["architecture"], "img_size": size, "pos_embed": "learned"}
-    return {**encoder, "data": {key: stated[key] for key in DATA_KEYS if key in stated}}
-
-
-def fill_encoder(encoder: Encoder, path: str | Path) -> str:
-    """``encoder.init=``: fill an encoder from any layout that holds a ViT.
-
-    A position table of another grid is resized (a fixed one is computed anew).
-
-    Returns:
-        What was loaded, resized and ignored, in words.
-
-    Raises:
-        InputError: keys are missing, unexpected or of another shape; the message names them.
-    """
-    state = load_state(path)
-    prefix = next((p for p in PREFIXES if p + MARK in state), None)
+def _encoder_part(state: dict[str, Tensor], where: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The encoder's tensors under timm's names, and the groups of the others."""
+    prefix = next((prefix for prefix in PREFIXES if prefix + ANCHOR in state), None)
     if prefix is None:
-        groups = ", ".join(sorted({name.split(".")[0] for name in state})[:8])
-        raise InputError(f"{path}: holds no ViT encoder (no key ends in {MARK}); it has {groups}")
-    found = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
-    ignored = Counter(name.split(".")[0] for name in state if not name.startswith(prefix))
-    for name in [name for name in found if name.split(".")[0].startswith(NOT_ENCODER)]:
-        ignored[name.split(".")[0]] += 1
-        del found[name]
-    if "fc_norm.weight" in found:
-        raise InputError(f"{path}: was fine-tuned with the norm behind the pooling (fc_norm); this encoder norms first")
-    notes = _fit_positions(encoder, found, Path(path))
-    _load(encoder.model, found, path, "encoder")
-    words = [f"{len(found)}/{len(encoder.model.state_dict())} tensors from {path}", *notes]
-    if ignored:
-        words.append("ignored: " + ", ".join(f"{name} ({count})" for name, count in sorted(ignored.items())))
-    return "; ".join(words)
+        raise InputError(
+            f"{where}: no encoder tensor matches: {ANCHOR} is not there, under none of the prefixes "
+            f"{', '.join(p for p in PREFIXES if p)}; its names: {_some(state)}"
+        )
+    if prefix:
+        ignored = [name for name in state if not name.startswith(prefix)]
+    else:
+        ignored = [name for name in state if name.startswith(NOT_ENCODER)]
+    return {n.removeprefix(prefix): t for n, t in state.items() if n not in set(ignored)}, _groups(ignored)
 
 
-def _fit_positions(encoder: Encoder, found: dict[str, Tensor], path: Path) -> list[str]:
-    """Bring the position table to the encoder's grid; returns a note if something was done."""
+def _groups(names: Iterable[str]) -> tuple[str, ...]:
+    """First parts of names, ``decoder_embed, decoder_blocks ...`` as ``decoder*``."""
+    firsts = (name.split(".")[0] for name in names)
+    return tuple(dict.fromkeys("decoder*" if first.startswith("decoder") else first for first in firsts))
+
+
+def _compare_names(state: Mapping[str, Tensor], own: Mapping[str, Tensor], where: str) -> None:
+    missing = [name for name in own if name not in state]
+    unknown = [name for name in state if name not in own]
+    if missing or unknown:
+        parts = [f"{len(own) - len(missing)}/{len(own)} tensors match"]
+        parts += [f"missing in the file: {_some(missing)}"] if missing else []
+        parts += [f"unknown here: {_some(unknown)}"] if unknown else []
+        raise InputError(f"{where}: {'; '.join(parts)}; name, depth and class_token should be the file's")
+
+
+def _compare_shapes(state: Mapping[str, Tensor], own: Mapping[str, Tensor], where: str) -> None:
+    differing = [name for name in own if state[name].shape != own[name].shape]
+    if not differing:
+        return
+    first = next((name for name in differing if name.endswith(ANCHOR)), None)
+    if first:
+        settings = [
+            f"{key}={theirs} in the file, {ours} here"
+            for key, theirs, ours in zip(
+                ("embed_dim", "in_chans", "patch_size"), state[first].shape, own[first].shape, strict=False
+            )
+            if theirs != ours
+        ]
+        raise InputError(f"{where}: {first} does not fit: encoder {'; '.join(settings)}")
+    shapes = [f"{name} {list(state[name].shape)} in the file, {list(own[name].shape)} here" for name in differing]
+    raise InputError(f"{where}: {len(differing)} tensors have another shape: {_some(shapes, '; ')}")
+
+
+def _some(names: Iterable[str], separator: str = ", ") -> str:
+    names = list(names)
+    return separator.join(names[:6]) + (f"{separator}... ({len(names)} in all)" if len(names) > 6 else "")
+
+
+def _stored_grid(path: str | Path) -> tuple[int, int] | None:
+    """The patch grid stated beside a file, or None."""
+    try:
+        config = encoder_config(path)
+    except InputError:
+        return None
+    size, patch = config.get("img_size", 224), config.get("patch_size")
+    height, width = (size, size) if isinstance(size, int) else size
+    return (height // patch, width // patch) if patch else None
+
+
+def _fit_positions(
+    encoder: Encoder, table: Tensor, stored: tuple[int, int] | None, where: str
+) -> tuple[Tensor, str | None]:
+    """The file's position table for the encoder's grid, and what was done to it if anything."""
     from timm.layers.pos_embed import resample_abs_pos_embed
 
     own: Tensor = encoder.model.pos_embed
-    table = found.get("pos_embed")
-    if table is None or table.shape[-1] != own.shape[-1]:
-        return []
-    prefix = 0 if encoder.model.no_embed_class else encoder.num_prefix_tokens
-    count = table.shape[1] - prefix
-    config = encoder_config(path)
-    size, patch = config.get("img_size"), config.get("patch_size")
-    if size and patch:
-        height, width = (size, size) if isinstance(size, int) else size
-        grid = (height // patch, width // patch)
-    elif table.shape == own.shape:
-        grid = encoder.grid_size
-    else:
-        grid = (round(count**0.5), round(count**0.5))
+    num_prefix = own.shape[1] - math.prod(encoder.grid_size)
+    if table.ndim != 3 or table.shape[2] != own.shape[2]:
+        return table, None  # the comparison of shapes names it
+    grid, fixed = _grid_of(table[:, num_prefix:], stored, encoder.grid_size, where)
     if grid == encoder.grid_size:
-        return []
-    if grid[0] * grid[1] != count:
-        raise InputError(
-            f"{path}: pos_embed has {count} patch positions, which is no grid that the file states or a square"
-        )
-    if not own.requires_grad:
-        found["pos_embed"] = own.detach().clone()
-        return [f"fixed position table computed for {encoder.grid_size} (file: {grid})"]
-    found["pos_embed"] = resample_abs_pos_embed(table, list(encoder.grid_size), list(grid), prefix)
-    return [f"position table resized from {grid} to {encoder.grid_size}"]
+        if fixed or own.requires_grad:
+            return table, None
+        return table, "pos_embed: not MAE's fixed table; taken from the file and not trained"
+    change = f"{grid[0]}x{grid[1]} to {encoder.grid_size[0]}x{encoder.grid_size[1]} patches"
+    if fixed and not own.requires_grad:
+        prefix = [encoder.embed_dim, num_prefix]
+        return sincos2d_table(encoder.grid_size, *prefix).to(own), f"pos_embed: fixed table computed anew, {change}"
+    resized = resample_abs_pos_embed(table, list(encoder.grid_size), list(grid), num_prefix_tokens=num_prefix)
+    return resized, f"pos_embed: resized (bicubic), {change}"
 
 
-def fill_objective(objective: nn.Module, path: str | Path) -> str:
-    """``objective.init=``: fill a whole objective, decoder and heads included.
-
-    Returns:
-        What was loaded, in words.
-
-    Raises:
-        InputError: the file holds an encoder only, or its keys or shapes differ; the message names them.
-    """
-    state = load_state(path)
-    own = objective.state_dict()
-    if MARK in state:  # the official layout: encoder and decoder side by side
-        inner = {name.removeprefix("encoder.model.") for name in own if name.startswith("encoder.model.")}
-        state = {f"encoder.model.{name}" if name in inner else name: t for name, t in state.items()}
-    parts = {name.split(".")[0] for name in own} - {"encoder"}
-    if parts and not parts & {name.split(".")[0] for name in state}:
-        raise InputError(
-            f"{path}: is an encoder-only file (no {', '.join(sorted(parts)[:3])}); use encoder.init= for it"
-        )
-    _load(objective, state, path, "objective")
-    return f"{len(state)}/{len(own)} tensors from {path}"
-
-
-def _load(module: nn.Module, found: dict[str, Tensor], path: str | Path, what: str) -> None:
-    own = module.state_dict()
-    missing, unexpected = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
-    shapes = [
-        f"{name} {tuple(found[name].shape)}, here {tuple(own[name].shape)}"
-        for name in own
-        if name in found and found[name].shape != own[name].shape
-    ]
-    problems = [
-        f"{word}: {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
-        for word, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-        if names
-    ]
-    if problems:
-        cure = (
-            f"give the {what} the sizes of the file (name, patch_size, in_chans, embed_dim, depth ...), or another file"
-        )
-        raise InputError(f"{path}: does not fit this {what}; {'; '.join(problems)}; {cure}")
-    module.load_state_dict(found)
+def _grid_of(
+    patches: Tensor, stored: tuple[int, int] | None, own: tuple[int, int], where: str
+) -> tuple[tuple[int, int], bool]:
+    """The grid of a position table (1, N, D), and whether it is MAE's fixed table, which tells its own grid."""
+    count, width = patches.shape[1], patches.shape[2]
+    grids = [(h, count // h) for h in range(1, count + 1) if count % h == 0]
+    side = math.isqrt(count)
+    likely = [grid for grid in (stored, own, (side, side)) if grid in grids]
+    for grid in dict.fromkeys(likely + grids) if width % 4 == 0 else ():
+        table = sincos2d_table(grid, width)
+        if torch.allclose(patches[0, -1].float(), table[0, -1], atol=3e-3) and torch.allclose(
+            patches.float(), table, atol=3e-3
+        ):
+            return grid, True
+    if stored in grids:
+        return stored, False
+    if side * side == count:
+        return (side, side), False
+    if own in grids:
+        return own, False
+    raise InputError(f"{where}: pos_embed has {count} patches, not a square, and no config.json tells their grid")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from ssl_vit.data.masking import random_mask, visible_count
 from ssl_vit.data.views import MaskedView
+from ssl_vit.encoders.architectures import check_sizes
 from ssl_vit.encoders.base import Encoder
 from ssl_vit.encoders.positions import sincos2d_table
 from ssl_vit.encoders.vit import run_blocks, transformer_blocks
@@ -59,7 +59,8 @@ class MAE(Objective):
         super().__init__(encoder)
         if not encoder.drops_patches:
             raise ValueError(f"encoder.name={encoder.name!r}: MAE drops patches; allowed: plain ViTs, vit_*")
-        _check_decoder(decoder_embed_dim, decoder_depth, decoder_num_heads)
+        sizes = {"embed_dim": decoder_embed_dim, "depth": decoder_depth, "num_heads": decoder_num_heads}
+        check_sizes("decoder_", **sizes)
         num_patches = encoder.grid_size[0] * encoder.grid_size[1]
         self.num_visible = visible_count(num_patches, mask_ratio)
         self.mask_ratio, self.norm_pix_loss = mask_ratio, norm_pix_loss
@@ -72,9 +73,9 @@ class MAE(Objective):
         }
         self.decoder_embed = nn.Linear(encoder.token_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
-        table = sincos2d_table(encoder.grid_size, decoder_embed_dim, encoder.num_prefix_tokens)
+        table = sincos2d_table(encoder.grid_size, decoder_embed_dim, encoder.num_prefix_tokens, "decoder_embed_dim")
         self.decoder_pos_embed = nn.Parameter(table, requires_grad=False)
-        self.decoder_blocks = transformer_blocks(decoder_embed_dim, decoder_depth, decoder_num_heads, decoder_mlp_ratio)
+        self.decoder_blocks = transformer_blocks(**sizes, mlp_ratio=decoder_mlp_ratio)
         self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder_embed_dim, encoder.patch_size**2 * encoder.in_chans)
         initialise_mae(self)
@@ -142,15 +143,3 @@ class MAE(Objective):
         visible = encoded + torch.cat([prefix.expand(len(keep), -1, -1), positions[keep]], dim=1)
         tokens = torch.cat([visible, (self.mask_token + positions[masked]).to(visible.dtype)], dim=1)
         return run_blocks(self.decoder_blocks, tokens, self.encoder.grad_checkpointing)
-
-
-def _check_decoder(embed_dim: int, depth: int, num_heads: int) -> None:
-    for key, value in (("depth", depth), ("num_heads", num_heads), ("embed_dim", embed_dim)):
-        if value < 1:
-            raise ValueError(f"decoder_{key}={value}: allowed: whole numbers from 1; nearest: 1")
-    if embed_dim % 4 or embed_dim % num_heads:
-        unit = math.lcm(4, num_heads)
-        raise ValueError(
-            f"decoder_embed_dim={embed_dim}: should be a multiple of 4 and of decoder_num_heads={num_heads}; "
-            f"nearest: {max(round(embed_dim / unit), 1) * unit}"
-        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from ssl_vit import __version__
 from ssl_vit.config import InputError, plain, to_yaml
 from ssl_vit.training.checkpoint import Checkpoints, sync_write
 
@@ -133,18 +135,21 @@ def log_to_stderr() -> None:
     logger.propagate = False
 
 
+def library_versions() -> dict[str, str]:
+    """Versions of Python, this package and the libraries that decide its numbers; what is not installed is left out."""
+    versions = {"python": platform.python_version(), "ssl_vit": __version__}
+    for name in LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
+
+
 def environment() -> dict[str, Any]:
     """Versions, machine and threads: what bit-for-bit equality depends on."""
     import torch
 
-    versions = {}
-    for name in LIBRARIES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return {
-        "versions": {"python": platform.python_version(), "ssl_vit": version("ssl_vit"), **versions},
+        "versions": library_versions(),
         "platform": platform.platform(),
         "processor": torch.backends.cpu.get_cpu_capability(),
         "cpu_threads": torch.get_num_threads(),

@@ -1,0 +1,87 @@
+"""timm's names and sizes of plain ViTs, and checks of sizes that encoders and decoders share."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from ssl_vit.config import nearest
+
+
+@cache
+def _names() -> tuple[str, ...]:
+    """timm's plain ViTs that begin with vit_."""
+    import timm
+
+    return tuple(name for name in timm.list_models(module="vision_transformer") if name.startswith("vit_"))
+
+
+def timm_name(name: str) -> str:
+    """The timm architecture meant by ``name``: itself, or ``name`` with a size (224 if timm has that one).
+
+    Raises:
+        ValueError: timm has no such plain ViT.
+    """
+    names = _names()
+    if name in names:
+        return name
+    sized = [known for known in names if known.rpartition("_")[0] == name and known.rpartition("_")[2].isdigit()]
+    if sized:
+        return min(sized, key=lambda known: (not known.endswith("_224"), known))
+    raise ValueError(
+        f"name={name!r}: timm has no such plain ViT{nearest(name, names)}; allowed: "
+        "vit_{tiny,small,base,large,huge}_patch{8,14,16,32}_224 and the like, see timm.list_models('vit_*')"
+    )
+
+
+@cache
+def architecture_sizes(name: str) -> dict[str, int]:
+    """``patch_size, embed_dim, depth, num_heads`` that timm gives an architecture."""
+    import timm
+
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=0)
+    return {
+        "patch_size": model.patch_embed.patch_size[0],
+        "embed_dim": model.embed_dim,
+        "depth": len(model.blocks),
+        "num_heads": model.blocks[0].attn.num_heads,
+    }
+
+
+def default_heads(embed_dim: int) -> int:
+    """As many heads as make them 64 wide, or the next smaller width that divides ``embed_dim``."""
+    return embed_dim // max(width for width in range(1, 65) if embed_dim % width == 0)
+
+
+def check_sizes(prefix: str = "", **sizes: int | None) -> None:
+    """Sizes are positive, and ``num_heads`` divides ``embed_dim`` where both are given.
+
+    Args:
+        prefix: of the arguments' names in messages, e.g. ``decoder_``.
+        sizes: arguments by name; None is not checked.
+
+    Raises:
+        ValueError: naming the argument, its value and the nearest possible one.
+    """
+    for key, value in sizes.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{prefix}{key}={value}: allowed: whole numbers from 1; nearest: 1")
+    width, heads = sizes.get("embed_dim"), sizes.get("num_heads")
+    if width and heads and width % heads:
+        divisors = [n for n in range(1, width + 1) if width % n == 0]
+        raise ValueError(
+            f"{prefix}num_heads={heads}: should divide {prefix}embed_dim={width}; "
+            f"nearest: {min(divisors, key=lambda n: abs(n - heads))}"
+        )
+
+
+def check_choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    """``value`` is one of ``allowed``.
+
+    Raises:
+        ValueError: naming the argument, its value, what is allowed and the nearest.
+    """
+    if value not in allowed:
+        raise ValueError(f"{key}={value!r}: allowed: {', '.join(allowed)}{nearest(str(value), allowed)}")

@@ -1,0 +1,176 @@
+"""Where the weights of a run, an export or a foreign file lie, what they say of themselves, under clean names."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ssl_vit.config import InputError
+from ssl_vit.config import load as load_yaml
+from ssl_vit.encoders.base import encoder_class_of
+
+CONTAINERS = ("model", "state_dict", "model_state_dict", "module", "teacher")
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+COMMON_PREFIXES = ("encoder.", "backbone.", "model.")
+DATA_KEYS = ("mean", "std", "crop_pct", "interpolation")
+TIMM_ARGUMENTS = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio", "class_token")
+OTHER_TIMM_ARGUMENTS = ("global_pool", "fc_norm", "num_classes", "drop_rate", "drop_path_rate")
+
+
+def find_weights(path: str | Path, whole: bool = False) -> Path:
+    """The file with the weights: ``path`` itself, or in a timm folder, a checkpoint or a run.
+
+    Args:
+        path: a file or folder.
+        whole: of a run, the newest checkpoint (all of the objective) and not the exported encoder.
+
+    Raises:
+        InputError: there is none.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    candidates = [path / "encoder" / "model.safetensors", path / "model.safetensors", path / "pytorch_model.bin"]
+    checkpoints = [path / "objective.safetensors"]
+    latest = path / "checkpoints" / "latest"
+    if latest.is_file():
+        checkpoints.append(latest.parent / latest.read_text(encoding="utf-8").strip() / "objective.safetensors")
+    candidates = checkpoints + candidates if whole else candidates + checkpoints
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise InputError(
+        f"{path}: holds no weights; allowed: a run folder, a checkpoint (RUN/checkpoints/step_XXXXXXXX), a timm folder "
+        "(config.json and model.safetensors), or a file"
+    )
+
+
+def load_state(path: str | Path, whole: bool = False) -> dict[str, Tensor]:
+    """Tensors of a checkpoint under clean names.
+
+    Wrapper names are removed at any depth (DDP, torch.compile, FSDP, activation checkpointing), containers such as
+    ``{"model": ...}`` are opened, and a prefix that every name has is cut off. Pickles are read with
+    ``weights_only=True`` and ``argparse.Namespace`` as the one class allowed.
+
+    Args:
+        path: a file or folder, see :func:`find_weights`.
+        whole: see :func:`find_weights`.
+
+    Raises:
+        InputError: there is no file, it cannot be read safely, or it holds no tensors.
+    """
+    file = find_weights(path, whole)
+    content = _read(file)
+    opened = content
+    while True:
+        inner = next((opened[key] for key in CONTAINERS if isinstance(opened.get(key), Mapping)), None)
+        if inner is None:
+            break
+        opened = inner
+    state = {str(name): value for name, value in opened.items() if isinstance(value, Tensor)}
+    if not state:
+        raise InputError(f"{file}: holds no tensors by name; its keys: {', '.join(map(str, list(content)[:8]))}")
+    state = {".".join(part for part in name.split(".") if part not in WRAPPERS): state[name] for name in state}
+    while prefix := next((p for p in COMMON_PREFIXES if all(name.startswith(p) for name in state)), None):
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return state
+
+
+def _read(file: Path) -> Mapping[Any, Any]:
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(file)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("WeightsUnpickler error:")[-1].strip().split("\n")[0]
+        raise InputError(
+            f"{file}: refused, it holds more than tensors ({reason}); if you trust its source, load it with "
+            "torch.load(..., weights_only=False) and save its state dict alone"
+        ) from None
+    except (SafetensorError, RuntimeError, EOFError, OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: cannot be read as weights: {str(error).splitlines()[0]}") from None
+    if not isinstance(content, Mapping):
+        raise InputError(f"{file}: holds a {type(content).__name__}; allowed: a state dict, or a dict that holds one")
+    return content
+
+
+def encoder_config(path: str | Path) -> dict[str, Any]:
+    """Arguments that build the encoder of a run, a checkpoint inside a run, or a timm folder.
+
+    Args:
+        path: the folder, or a file in it.
+
+    Returns:
+        Arguments of :func:`ssl_vit.encoders.base.create_encoder`, and under ``data`` what is stated of ``mean, std,
+        crop_pct, interpolation``.
+
+    Raises:
+        InputError: nothing there states the architecture, or it cannot be built.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    runs = [parent.parent for parent in path.absolute().parents[:2] if parent.name == "checkpoints"]
+    for folder in [path if path.is_dir() else path.parent, *runs]:
+        for config in (folder / "config.json", folder / "encoder" / "config.json"):
+            if config.is_file():
+                return _from_timm_config(config)
+        if (folder / "recipe.yaml").is_file():
+            recipe = load_yaml([folder / "recipe.yaml"], [])
+            encoder, data = recipe.get("encoder") or {}, recipe.get("data") or {}
+            stated = {key: value for key, value in encoder.items() if key != "init"}
+            return {**stated, "data": {key: data[key] for key in DATA_KEYS if data.get(key) is not None}}
+    raise InputError(f"{path}: does not say which encoder it holds; give it as encoder.name=... (and img_size ...)")
+
+
+def _from_timm_config(file: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if "ssl_vit" in config:
+            return {**config["ssl_vit"]["encoder"], "data": config["ssl_vit"]["data"]}
+        name, arguments = config["architecture"], dict(config.get("model_args") or {})
+        stated = config.get("pretrained_cfg") or config
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{file}: not the config.json of a timm folder ({type(error).__name__}: {error})") from None
+    foreign = sorted(set(arguments) - {*TIMM_ARGUMENTS, *OTHER_TIMM_ARGUMENTS})
+    if foreign:
+        raise InputError(f"{file}: cannot be built here, model_args has {', '.join(foreign)}")
+    try:
+        cls = encoder_class_of(name)
+        built = _timm_facts(name, arguments, stated)
+        with torch.device("meta"):
+            cls(**built)
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"{file}: cannot be built here: {error}") from None
+    return {**built, "data": {key: stated[key] for key in DATA_KEYS if stated.get(key) is not None}}
+
+
+def _timm_facts(name: str, arguments: dict[str, Any], stated: Mapping[str, Any]) -> dict[str, Any]:
+    """Our arguments for a timm folder that was not written here; pooling and class token as timm would have them."""
+    import timm
+
+    with torch.device("meta"):
+        model = timm.create_model(name, **{**arguments, "num_classes": 0})
+    size = arguments.get("img_size") or stated.get("input_size", (3, 224, 224))[-2:]
+    return {
+        "name": name,
+        **{key: value for key, value in arguments.items() if key in TIMM_ARGUMENTS},
+        "patch_size": model.patch_embed.patch_size[0],
+        "img_size": size if isinstance(size, int) else list(size),
+        "class_token": model.has_class_token,
+        "global_pool": model.global_pool,
+        "pos_embed": "learned",
+    }

@@ -1,0 +1,44 @@
+"""Two CPU processes over gloo are the same training as one: losses, evaluations, one writer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import run_python, tiny_recipe
+
+from ssl_vit.config import check, to_yaml
+from ssl_vit.recipe import Recipe, check_recipe
+from ssl_vit.run import run
+from ssl_vit.training.metrics import read_metrics
+
+
+def test_two_processes_train_and_judge_like_one(images: Path, tmp_path: Path) -> None:
+    """Level (b): same global batches, float32; 72 validation images on two processes, each counted once."""
+    folders = {}
+    for name, words in (("one", None), ("two", ["-m", "torch.distributed.run", "--nproc_per_node", "2"])):
+        values = tiny_recipe(images, tmp_path / name, evals={"knn": {"k": [5]}, "linear": {}, "rank": {}})
+        values["run"] |= {"micro_batch_size": 4}
+        if words is None:
+            run(check_recipe(check(Recipe, values)))
+        else:
+            (tmp_path / "r.yaml").write_text(to_yaml(values))
+            done = run_python(
+                *words, "pipelines/pretrain_mae.py", "--config", str(tmp_path / "r.yaml"),
+                env={"ACCELERATE_USE_CPU": "true"},
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr
+            facts = json.loads((tmp_path / name / "environment.json").read_text())
+            assert facts["num_processes"] == 2
+            assert "processes: 2 (MULTI_CPU)" in done.stderr
+        folders[name] = read_metrics(tmp_path / name / "metrics.jsonl")
+    one, two = ([line for line in folders[name] if "loss" in line] for name in ("one", "two"))
+    assert [line["step"] for line in two] == list(range(1, 13)), "one process writes"
+    assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-5)
+    assert [line["lr"] for line in two] == [line["lr"] for line in one]
+    first, second = ([line for line in folders[name] if "loss" not in line] for name in ("one", "two"))
+    for key in ("knn/top1", "linear/top1"):
+        assert first[0][key] == second[0][key], "the same start"
+        assert first[-1][key] == pytest.approx(second[-1][key], abs=1 / 72)
+    assert second[0]["rank/effective_rank"] == pytest.approx(first[0]["rank/effective_rank"], rel=1e-5)
