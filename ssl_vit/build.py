@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable
@@ -67,9 +68,16 @@ def build_frozen(recipe: EvaluationRecipe) -> Objective:
     return objective.requires_grad_(False).eval()
 
 
+def stated_pixels(init: str | None) -> dict[str, Any]:
+    """Preprocessing that the file of an initial encoder states; empty for a bare file of weights."""
+    with contextlib.suppress(InputError):
+        return encoder_config(init).get("data", {}) if init else {}
+    return {}
+
+
 def resolve_pixels(data: DataSection, encoder: dict[str, Any]) -> Pixels:
     """Fill what the recipe leaves open: from the initial encoder's file, else the usual constants."""
-    stated = encoder_config(Path(encoder["init"])).get("data", {}) if encoder.get("init") else {}
+    stated = stated_pixels(encoder.get("init"))
     chans = encoder.get("in_chans", 3)
     usual = {
         "mean": IMAGENET_MEAN if chans == 3 else (0.5,) * chans,

@@ -177,7 +177,7 @@ def check_libraries() -> None:
     except (ImportError, OSError, RuntimeError) as error:
         raise InputError(
             f"torch {version('torch')} and torchvision {version('torchvision')} do not match "
-            f"({' '.join(str(error).split())}); install the tested pair: pip install -c constraints.txt torch torchvision"
+            f"({' '.join(str(error).split())}); cure: pip install -c constraints.txt torch torchvision"
         ) from None
 
 

@@ -14,7 +14,7 @@ from accelerate import Accelerator, DataLoaderConfiguration
 from PIL import Image
 
 from ssl_vit import build, distributed
-from ssl_vit.config import plain, to_yaml
+from ssl_vit.config import InputError, plain, to_yaml
 from ssl_vit.data.bad_samples import BadSamples
 from ssl_vit.data.loader import Pixels, TrainBatches
 from ssl_vit.encoders.base import Encoder
@@ -38,7 +38,8 @@ def run(recipe: Recipe, resume: str = "auto") -> None:
     Everything a user can have got wrong is found before a process group starts.
     """
     # what a user can have got wrong
-    micro = micro_batch(recipe.optim.batch_size, recipe.run.micro_batch_size, int(os.environ.get("WORLD_SIZE", "1")))
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    micro = micro_batch(recipe.optim.batch_size, recipe.run.micro_batch_size, num_ranks)
     pixels = build.resolve_pixels(recipe.data, recipe.encoder)
     precision = build.resolve_precision(recipe)
     folder = RunFolder(recipe.run.dir)
@@ -49,6 +50,8 @@ def run(recipe: Recipe, resume: str = "auto") -> None:
     objective = build.build_objective(recipe)
     sets = build.open_sets(recipe.data)
     stream = sets.stream(recipe)
+    plan = Plan(recipe.optim, stream.epoch_size, micro, num_ranks)
+    plan.check()
     evaluations = build.build_evaluations(recipe.evals, labelled=sets.val is not None)
     optimizer = build_optimizer(objective, recipe.optim)
     start_step = restore(checkpoint, objective, optimizer, sets.fingerprint) if checkpoint else 0
@@ -56,8 +59,7 @@ def run(recipe: Recipe, resume: str = "auto") -> None:
 
     # processes, device, precision
     torch.use_deterministic_algorithms(recipe.run.deterministic)
-    accelerator = open_accelerator(precision)
-    plan = Plan(recipe.optim, stream.epoch_size, micro, accelerator.num_processes)
+    accelerator = open_accelerator(precision, num_ranks)
     if accelerator.is_main_process:
         folder.open(recipe, {"num_processes": accelerator.num_processes, "micro_batch_size": micro, "workers": workers})
         folder.log_to_file()
@@ -118,7 +120,7 @@ def evaluate(recipe: EvaluationRecipe, resume: str = "auto") -> None:
     sets = build.open_sets(recipe.data)
     evaluations = build.build_evaluations(recipe.evals, labelled=sets.val is not None)
     workers = build.default_workers() if recipe.run.workers is None else recipe.run.workers
-    accelerator = open_accelerator(precision)
+    accelerator = open_accelerator(precision, int(os.environ.get("WORLD_SIZE", "1")))
     main = accelerator.is_main_process
     if main:
         folder.open(recipe, {"num_processes": accelerator.num_processes})
@@ -145,10 +147,20 @@ def evaluate(recipe: EvaluationRecipe, resume: str = "auto") -> None:
 # --------------------------------------------------------------------------------------------- pieces
 
 
-def open_accelerator(precision: str) -> Accelerator:
-    """Accelerate's view of processes and precision; the loader stays ours."""
+def open_accelerator(precision: str, num_ranks: int) -> Accelerator:
+    """Accelerate's view of processes and precision; the loader stays ours.
+
+    Raises:
+        InputError: accelerate joined another number of processes than the launcher started.
+    """
     config = DataLoaderConfiguration(dispatch_batches=False)
-    return Accelerator(mixed_precision=precision, dataloader_config=config, step_scheduler_with_optimizer=False)
+    accelerator = Accelerator(mixed_precision=precision, dataloader_config=config, step_scheduler_with_optimizer=False)
+    if accelerator.num_processes != num_ranks:
+        raise InputError(
+            f"the launcher started {num_ranks} processes, but each trains as one of {accelerator.num_processes}; "
+            "on CPUs set ACCELERATE_USE_CPU=true"
+        )
+    return accelerator
 
 
 def subject_of(

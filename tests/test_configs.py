@@ -58,7 +58,7 @@ def test_takes_one_step_at_tiny_size(file: Path, images: Path, tmp_path: Path) -
     values["encoder"] |= {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "in_chans": 3}
     values["objective"] |= TINY_DECODER
     values["data"] |= {"train": tiny["data"]["train"], "val": tiny["data"]["val"], "mean": [0.5] * 3, "std": [0.5] * 3}
-    values["optim"] |= {"batch_size": 8, "epochs": "1 steps"}
+    values["optim"] |= {"batch_size": 8, "epochs": "1 steps", "warmup_epochs": 0}
     values["run"], values["evals"] = tiny["run"], {"knn": {}}
     values["mixed_precision"] = "no"
     run(check_recipe(check(Recipe, values)))

@@ -1,4 +1,4 @@
-"""The exported encoder is the trained one, in plain timm and where ssl_vit cannot be imported."""
+"""The timm folder: equal features in plain timm and transformers, refusals, the card."""
 
 from __future__ import annotations
 
@@ -11,101 +11,142 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import ROOT
+from timm.data.config import resolve_model_data_config
 
-from ssl_vit.encoders.base import create_encoder
+from ssl_vit.encoders.base import Encoder, create_encoder
 from ssl_vit.encoders.weights import encoder_config, fill_encoder
+from ssl_vit.export.card import write_card
 from ssl_vit.export.timm_folder import export_timm
 
-TINY: dict[str, Any] = {"name": "vit_tiny_patch16_224", "img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2}
-VARIANTS = [
-    {},
-    {"in_chans": 1, "img_size": [32, 48]},
-    {"global_pool": "avg"},
-    {"class_token": False, "global_pool": "avg"},
+
+def make_encoder(**changes: Any) -> Encoder:
+    torch.manual_seed(0)
+    arguments = {"name": "vit_tiny_patch16", "img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2}
+    encoder = create_encoder(**{**arguments, **changes})
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter) if parameter.requires_grad else 0)
+    return encoder
+
+
+def export(encoder: Encoder, folder: Path, **metadata: Any) -> float:
+    chans = encoder.in_chans
+    data: dict[str, Any] = {"mean": [0.25] * chans, "std": [0.5] * chans, "crop_pct": 0.9, "interpolation": "bilinear"}
+    return export_timm(encoder, folder, **data, metadata=metadata)
+
+
+VARIANTS: list[dict[str, Any]] = [
+    {"drop_path_rate": 0.2},
+    {"img_size": (16, 40), "in_chans": 1, "global_pool": "avg", "mlp_ratio": 2.0},
+    {"in_chans": 4, "class_token": False, "global_pool": "avg", "pos_embed": "learned"},
 ]
 
 
-def export(folder: Path, **config: Any) -> tuple[Any, float]:
-    torch.manual_seed(0)
-    encoder = create_encoder(**{**TINY, **config}).eval()
-    mean = [0.1 * (i + 1) for i in range(encoder.in_chans)]
-    difference = export_timm(
-        encoder, folder, mean=mean, std=mean, crop_pct=0.9, interpolation="bilinear", metadata={"step": 5}
-    )
-    return encoder, difference
-
-
-@pytest.mark.parametrize("config", VARIANTS, ids=str)
-def test_features_are_equal_in_timm(tmp_path: Path, config: dict[str, Any]) -> None:
-    encoder, difference = export(tmp_path / "encoder", **config)
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_plain_timm_gives_the_same_features(changes: dict[str, Any], tmp_path: Path) -> None:
+    encoder = make_encoder(**changes).train()
+    assert export(encoder, tmp_path / "encoder", steps=3) <= 1e-5
+    assert encoder.training
     model = timm.create_model(f"local-dir:{tmp_path / 'encoder'}", pretrained=True).eval()
     image = torch.randn(2, encoder.in_chans, *encoder.img_size)
-    with torch.no_grad():
-        found, expected = model(image), encoder.pool(encoder(image))
-    assert difference <= 1e-5
-    assert float((found - expected).abs().max() / expected.abs().max()) <= 1e-5
-    settings = timm.data.resolve_model_data_config(model)
-    assert settings["mean"] == pytest.approx([0.1 * (i + 1) for i in range(encoder.in_chans)])
-    assert settings["input_size"] == (encoder.in_chans, *encoder.img_size)
-    assert (settings["crop_pct"], settings["interpolation"]) == (0.9, "bilinear")
-    assert model.num_classes == 0
+    encoder.eval()
+    torch.testing.assert_close(model(image), encoder.pool(encoder(image)))
+    data = resolve_model_data_config(model)
+    assert data["input_size"] == (encoder.in_chans, *encoder.img_size)
+    assert set(data["mean"]) == {0.25}
+    assert set(data["std"]) == {0.5}
+    assert (data["crop_pct"], data["interpolation"]) == (0.9, "bilinear")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["encoder"]
+    assert json.loads((tmp_path / "encoder" / "config.json").read_text())["ssl_vit"]["steps"] == 3
 
 
-@pytest.mark.parametrize("config", VARIANTS, ids=str)
-def test_an_export_builds_its_encoder_again(tmp_path: Path, config: dict[str, Any]) -> None:
-    encoder, _ = export(tmp_path / "encoder", **config)
-    stated = encoder_config(tmp_path / "encoder")
-    assert stated.pop("data")["crop_pct"] == 0.9
-    again = create_encoder(**stated)
-    fill_encoder(again, tmp_path / "encoder")
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_the_folder_alone_builds_our_encoder(changes: dict[str, Any], tmp_path: Path) -> None:
+    encoder = make_encoder(**changes).eval()
+    export(encoder, tmp_path / "encoder")
+    config = encoder_config(tmp_path)  # a run folder
+    assert config["data"]["crop_pct"] == 0.9
+    again = create_encoder(**config).eval()
+    report = fill_encoder(again, tmp_path)
+    assert report.loaded == report.total == len(encoder.model.state_dict())
+    assert not report.notes
     image = torch.randn(2, encoder.in_chans, *encoder.img_size)
-    with torch.no_grad():
-        assert torch.equal(again.eval()(image).patches, encoder(image).patches)
+    torch.testing.assert_close(again(image), encoder(image), rtol=0, atol=0)
 
 
-def test_loads_where_ssl_vit_is_not(tmp_path: Path) -> None:
-    encoder, _ = export(tmp_path / "encoder")
-    image = torch.randn(2, 3, 32, 32)
+def test_loads_where_ssl_vit_cannot_be_imported(tmp_path: Path) -> None:
+    encoder = make_encoder(img_size=(16, 48), global_pool="avg").eval()
+    export(encoder, tmp_path / "encoder")
+    image = torch.randn(1, 3, 16, 48)
     torch.save(image, tmp_path / "image.pt")
-    script = (
-        "import sys, torch\n"
-        f"root = {str(ROOT)!r}\n"
-        "sys.path = [p for p in sys.path if p and p != root and not p.startswith(root + '/ssl_vit')]\n"
-        "sys.meta_path = [f for f in sys.meta_path if 'editable' not in str(f).lower()]\n"
-        "try:\n    import ssl_vit\nexcept ImportError:\n    pass\nelse:\n    sys.exit('ssl_vit is importable')\n"
-        "import timm\n"
-        f"encoder = timm.create_model('local-dir:{tmp_path}/encoder', pretrained=True).eval()\n"
-        f"torch.save(encoder(torch.load('{tmp_path}/image.pt')).detach(), '{tmp_path}/out.pt')\n"
+    code = (
+        "import sys; sys.modules['ssl_vit'] = None\n"
+        "import timm, torch\n"
+        "model = timm.create_model('local-dir:encoder', pretrained=True).eval()\n"
+        "torch.save(model(torch.load('image.pt')).detach(), 'feature.pt')\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    expected = encoder.pool(encoder(image)).detach()
-    torch.testing.assert_close(torch.load(tmp_path / "out.pt"), expected, rtol=1e-5, atol=1e-5)
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    torch.testing.assert_close(torch.load(tmp_path / "feature.pt"), encoder.pool(encoder(image)).detach())
 
 
-def test_broken_weights_are_not_exported(tmp_path: Path) -> None:
-    encoder, _ = export(tmp_path / "encoder")
+def test_transformers_loads_the_folder(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    encoder = make_encoder().eval()
+    export(encoder, tmp_path / "encoder")
+    model = transformers.AutoModel.from_pretrained(tmp_path / "encoder").eval()
+    image = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(model(image).pooler_output, encoder.pool(encoder(image)))
+
+
+def test_what_is_not_whole_is_refused_and_the_old_folder_stays(tmp_path: Path) -> None:
+    encoder = make_encoder()
+    export(encoder, tmp_path / "encoder")
     before = (tmp_path / "encoder" / "model.safetensors").read_bytes()
-    with torch.no_grad():
-        encoder.model.norm.weight[0] = float("inf")
-    mean = (0.5,) * 3
-    with pytest.raises(ValueError, match=r"not finite: norm\.weight"):
-        export_timm(
-            encoder, tmp_path / "encoder", mean=mean, std=mean, crop_pct=1, interpolation="bicubic", metadata={}
-        )
-    encoder.model.norm.weight = torch.nn.Parameter(torch.empty(0))
-    with pytest.raises(ValueError, match=r"without elements.*norm\.weight"):
-        export_timm(
-            encoder, tmp_path / "encoder", mean=mean, std=mean, crop_pct=1, interpolation="bicubic", metadata={}
-        )
-    assert (tmp_path / "encoder" / "model.safetensors").read_bytes() == before, "the old export is untouched"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["encoder"]
+    broken = make_encoder()
+    broken.model.norm.bias.data[0] = float("nan")
+    with pytest.raises(ValueError, match=r"not finite: norm\.bias"):
+        export(broken, tmp_path / "encoder")
+    partitioned = make_encoder()
+    partitioned.model.norm.bias.data = torch.empty(0)
+    with pytest.raises(ValueError, match=r"without elements.*norm\.bias"):
+        export(partitioned, tmp_path / "encoder")
+    data: dict[str, Any] = {"std": [1.0] * 3, "crop_pct": 1.0, "interpolation": "bicubic", "metadata": {}}
+    with pytest.raises(ValueError, match=r"mean=\[0\.5\]: should have one number for each of in_chans=3"):
+        export_timm(encoder, tmp_path / "encoder", mean=[0.5], **data)
+    assert (tmp_path / "encoder" / "model.safetensors").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["encoder"]
 
 
-def test_config_is_plain(tmp_path: Path) -> None:
-    export(tmp_path / "encoder")
-    config = json.loads((tmp_path / "encoder" / "config.json").read_text())
-    assert config["architecture"] == "vit_tiny_patch16_224"
-    assert config["ssl_vit"]["step"] == 5
-    assert config["num_classes"] == 0
+def test_an_export_with_other_features_is_refused(tmp_path: Path) -> None:
+    encoder: Any = make_encoder()
+    encoder.global_pool = "avg"  # the encoder now pools in a way that the export's arguments do not say
+    with pytest.raises(RuntimeError, match="its features in timm differ"):
+        export(encoder, tmp_path / "encoder")
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_licence_of_other_weights_is_claimed(tmp_path: Path) -> None:
+    encoder = make_encoder()
+    export(encoder, tmp_path / "plain")
+    stated = json.loads((tmp_path / "plain" / "config.json").read_text())["pretrained_cfg"]
+    assert not {"license", "url", "hf_hub_id", "tag", "origin_url"} & set(stated)
+    export(encoder, tmp_path / "licensed", license="cc0-1.0")
+    stated = json.loads((tmp_path / "licensed" / "config.json").read_text())["pretrained_cfg"]
+    assert stated["license"] == "cc0-1.0"
+
+
+def test_card(tmp_path: Path) -> None:
+    encoder = make_encoder()
+    facts = {
+        "name": "mae digits",
+        "license": "apache-2.0",
+        "encoder": encoder.config(),
+        "results": {"knn/top1": 0.81234, "linear/top1": 0.9},
+        "recipe": "seed: 0\nobjective:\n  name: mae",
+        "data": "digits | handwriting",
+    }
+    text = write_card(tmp_path, facts).read_text()
+    assert text.startswith("---\nlibrary_name: timm")
+    assert f'timm.create_model("local-dir:{tmp_path}", pretrained=True)' in text
+    assert "| knn/top1 | 0.8123 |" in text
+    assert text.index("## Encoder") < text.index("## Data") < text.index("## Recipe") < text.index("## Results")

@@ -1,198 +1,204 @@
-"""MAE against an independent implementation (transformers' ViTMAE) and the paper's formula, on the same weights.
-
-The measure: largest absolute difference over the largest absolute value of the reference tensor. q, k and v count as
-one tensor, since the gradient of a key bias is zero and has no scale of its own.
-"""
+"""MAE against transformers' ViTMAE and against the paper's formulas, at real widths."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssl_vit.encoders.base import create_encoder
-from ssl_vit.modules.patches import patchify
+from ssl_vit.encoders.positions import sincos2d_table
 from ssl_vit.objectives.mae import MAE
 
 transformers = pytest.importorskip("transformers")
 
-REAL = {"embed_dim": 768, "num_heads": 12, "depth": 2, "decoder": (512, 2, 16), "img_size": 224, "patch_size": 16}
-TINY = {"embed_dim": 64, "num_heads": 4, "depth": 3, "decoder": (32, 2, 2), "img_size": 48, "patch_size": 8}
-FULL = {**REAL, "depth": 12, "decoder": (512, 8, 16)}
+BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
-def difference(found: Tensor, expected: Tensor) -> float:
+def relative(found: Tensor, expected: Tensor) -> float:
+    """Largest difference over the largest value of the expected tensor."""
     return float((found - expected).detach().abs().max() / expected.detach().abs().max())
 
 
-def pair(sizes: dict[str, Any], norm_pix_loss: bool, dtype: torch.dtype, in_chans: int = 3) -> tuple[MAE, Any]:
-    """Our MAE and transformers' with our weights."""
+def make_pair(
+    depth: int, decoder_depth: int, norm_pix_loss: bool, dtype: torch.dtype, in_chans: int = 3
+) -> tuple[MAE, Any]:
+    """Our MAE (ViT-B widths) and the reference with the same weights, biases and norms not at their start."""
     torch.manual_seed(0)
-    width, depth, heads = sizes["decoder"]
-    encoder = create_encoder(
-        name="vit_base_patch16_224", img_size=sizes["img_size"], patch_size=sizes["patch_size"], in_chans=in_chans,
-        embed_dim=sizes["embed_dim"], depth=sizes["depth"], num_heads=sizes["num_heads"],
-    )  # fmt: skip
-    ours = MAE(encoder, 0.75, norm_pix_loss, width, depth, heads).to(dtype)
-    with torch.no_grad():
-        for parameter in ours.parameters():
-            if parameter.requires_grad and parameter.ndim == 1:  # biases and norms away from 0 and 1
-                parameter.add_(0.1 * torch.randn_like(parameter))
+    encoder = create_encoder(name="vit_base_patch16_224", depth=depth, in_chans=in_chans)
+    mae = MAE(encoder, norm_pix_loss=norm_pix_loss, decoder_depth=decoder_depth).to(dtype)
+    for parameter in mae.parameters():
+        if parameter.ndim == 1:
+            parameter.data += 0.1 * torch.randn_like(parameter)
     config = transformers.ViTMAEConfig(
-        hidden_size=sizes["embed_dim"], num_hidden_layers=sizes["depth"], num_attention_heads=sizes["num_heads"],
-        intermediate_size=4 * sizes["embed_dim"], decoder_hidden_size=width, decoder_num_hidden_layers=depth,
-        decoder_num_attention_heads=heads, decoder_intermediate_size=4 * width, image_size=sizes["img_size"],
-        patch_size=sizes["patch_size"], num_channels=in_chans, layer_norm_eps=1e-6, norm_pix_loss=norm_pix_loss,
-        mask_ratio=0.75, attn_implementation="sdpa",
-    )  # fmt: skip
-    theirs = transformers.ViTMAEForPreTraining(config).to(dtype)
-    missing, unexpected = theirs.load_state_dict(translate(ours.state_dict()), strict=True)
-    assert not missing
-    assert not unexpected
-    return ours.eval(), theirs.eval()
+        num_hidden_layers=depth,
+        decoder_num_hidden_layers=decoder_depth,
+        layer_norm_eps=1e-6,
+        num_channels=in_chans,
+        norm_pix_loss=norm_pix_loss,
+        attn_implementation="sdpa",
+    )
+    reference = transformers.ViTMAEForPreTraining(config).to(dtype)
+    reference.load_state_dict(rename(mae.state_dict()))
+    return mae, reference
 
 
-BLOCK = {
-    "norm1": "layernorm_before", "norm2": "layernorm_after", "attn.proj": "attention.o_proj",
-    "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2",
-}  # fmt: skip
-WHOLE = {
-    "encoder.model.cls_token": "vit.embeddings.cls_token",
-    "encoder.model.pos_embed": "vit.embeddings.position_embeddings",
-    "encoder.model.patch_embed.proj": "vit.embeddings.patch_embeddings.projection",
-    "encoder.model.norm": "vit.layernorm",
-    "mask_token": "decoder.mask_token",
-    "decoder_pos_embed": "decoder.decoder_pos_embed",
-    "decoder_embed": "decoder.decoder_embed",
-    "decoder_norm": "decoder.decoder_norm",
-    "decoder_pred": "decoder.decoder_pred",
-}
-
-
-def translate(state: dict[str, Tensor], join_qkv: bool = False) -> dict[str, Tensor]:
-    """Names of our tensors in transformers' words."""
+def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our names to the reference's; q, k and v are three tensors there."""
     renamed = {}
     for name, tensor in state.items():
-        stem, _, leaf = name.rpartition(".")
-        if name in WHOLE:
-            renamed[WHOLE[name]] = tensor
-        elif stem in WHOLE:
-            renamed[f"{WHOLE[stem]}.{leaf}"] = tensor
+        for ours, theirs in (
+            (r"^encoder\.model\.blocks\.", "vit.layers."),
+            (r"^decoder_blocks\.", "decoder.decoder_layers."),
+            (r"^encoder\.model\.cls_token", "vit.embeddings.cls_token"),
+            (r"^encoder\.model\.pos_embed", "vit.embeddings.position_embeddings"),
+            (r"^encoder\.model\.patch_embed\.proj", "vit.embeddings.patch_embeddings.projection"),
+            (r"^encoder\.model\.norm\.", "vit.layernorm."),
+            (r"^(decoder_(embed|pos_embed|norm|pred)|mask_token)", r"decoder.\1"),
+            (r"\.norm1\.", ".layernorm_before."),
+            (r"\.norm2\.", ".layernorm_after."),
+            (r"\.attn\.proj\.", ".attention.o_proj."),
+        ):
+            name = re.sub(ours, theirs, name)
+        if ".attn.qkv." in name:
+            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
+                renamed[name.replace(".attn.qkv.", f".attention.{letter}_proj.")] = part
         else:
-            encoder, _, rest = name.partition("blocks.")
-            number, _, inner = rest.partition(".")
-            layer = f"{'vit.layers' if encoder.startswith('encoder') else 'decoder.decoder_layers'}.{number}"
-            part, _, leaf = inner.rpartition(".")
-            if part == "attn.qkv" and not join_qkv:
-                for letter, piece in zip("qkv", tensor.chunk(3), strict=True):
-                    renamed[f"{layer}.attention.{letter}_proj.{leaf}"] = piece
-            elif part == "attn.qkv":
-                renamed[f"{layer}.attention.qkv.{leaf}"] = tensor
-            else:
-                renamed[f"{layer}.{BLOCK[part]}.{leaf}"] = tensor
+            renamed[name] = tensor
     return renamed
 
 
-def joined_gradients(model: Any) -> dict[str, Tensor]:
-    """Gradients of a transformers model with q, k and v as one tensor."""
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    for name in [n for n in gradients if ".q_proj." in n]:
-        parts = [gradients.pop(name.replace("q_proj", f"{letter}_proj")) for letter in "qkv"]
-        gradients[name.replace("q_proj", "qkv")] = torch.cat(parts)
-    return gradients
+def gradients(module: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
 
 
-def same_mask(sizes: dict[str, Any], batch: int) -> tuple[Tensor, Tensor]:
-    """A random mask, and the noise that makes transformers draw it."""
-    count = (sizes["img_size"] // sizes["patch_size"]) ** 2
-    noise = torch.rand(batch, count, generator=torch.Generator().manual_seed(7))
-    keep = noise.argsort(dim=1)[:, : int(count * 0.25)]
-    return torch.ones(batch, count, dtype=torch.bool).scatter_(1, keep, False), noise
+def join_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The reference's q, k, v as one tensor each, as gradients of single key biases are rounding noise."""
+    joined = {name: tensor for name, tensor in state.items() if not re.search(r"\.[qkv]_proj\.", name)}
+    for name in state:
+        if ".q_proj." in name:
+            joined[name.replace(".q_proj.", ".qkv.")] = torch.cat([state[name.replace(".q_", f".{c}_")] for c in "qkv"])
+    return joined
 
 
 def compare(
-    sizes: dict[str, Any], norm_pix_loss: bool, dtype: torch.dtype, tolerance: float, in_chans: int = 3
-) -> None:
-    ours, theirs = pair(sizes, norm_pix_loss, dtype, in_chans)
-    shape = (2, in_chans, sizes["img_size"], sizes["img_size"])
-    image = torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(dtype)
-    mask, noise = same_mask(sizes, 2)
-    loss, _ = ours({"image": image, "mask": mask})
-    reference = theirs(pixel_values=image, noise=noise)
-    assert difference(loss, reference.loss) <= tolerance
-    assert torch.equal(reference.mask.bool(), mask)
-
-    keep = noise.argsort(dim=1)[:, : int((~mask).sum(dim=1)[0])]
-    tokens = torch.cat(ours.encoder.forward_visible(image, keep), dim=1)
-    assert difference(tokens, theirs.vit(image, noise=noise).last_hidden_state) <= tolerance
-    assert difference(ours({"image": image, "mask": mask}, call="predict"), reference.logits) <= tolerance
-
+    depth: int, decoder_depth: int, norm_pix_loss: bool, dtype: torch.dtype, in_chans: int = 3
+) -> dict[str, float]:
+    mae, reference = make_pair(depth, decoder_depth, norm_pix_loss, dtype, in_chans)
+    image, noise = torch.randn(2, in_chans, 224, 224, dtype=dtype), torch.rand(2, 196)
+    mask = noise.argsort(dim=1).argsort(dim=1) >= 49
+    loss, _ = mae({"image": image, "mask": mask})
     loss.backward()
-    reference.loss.backward()
-    gradients = translate({n: p.grad for n, p in ours.named_parameters() if p.grad is not None}, join_qkv=True)
-    expected = joined_gradients(theirs)
-    assert gradients.keys() == expected.keys()
-    worst = {name: difference(gradients[name], expected[name]) for name in expected}
-    assert max(worst.values()) <= tolerance, max(worst, key=lambda name: worst[name])
+    output = reference(image, noise=noise)
+    output.loss.backward()
+    assert torch.equal(output.mask.bool(), mask)
+    expected = join_qkv(gradients(reference))
+    found = join_qkv(rename(gradients(mae)))
+    assert found.keys() == expected.keys()
+    assert len(found) == len([p for p in mae.parameters() if p.requires_grad])
+    result = {f"gradient of {name}": relative(found[name], expected[name]) for name in expected}
+    result["loss"] = relative(loss.detach(), output.loss.detach())
+    with torch.no_grad():
+        latent = reference.vit(image, noise=noise).last_hidden_state
+        keep = (~mask).nonzero()[:, 1].view(2, 49)
+        tokens = mae.encoder.forward_visible(image, keep)
+        ascending = noise.argsort(dim=1)[:, :49].argsort(dim=1)
+        latent_patches = latent[:, 1:].gather(1, ascending[..., None].expand(-1, -1, latent.shape[-1]))
+        result["encoder, class token"] = relative(tokens.prefix, latent[:, :1])
+        result["encoder, patches"] = relative(tokens.patches, latent_patches)
+        result["prediction"] = relative(mae({"image": image, "mask": mask}, call="predict"), output.logits)
+    return result
+
+
+def check(result: dict[str, float], dtype: torch.dtype) -> None:
+    largest = max(result, key=lambda name: result[name])
+    print(f"\n{dtype}: loss {result['loss']:.1e}; largest of {len(result)}: {result[largest]:.1e} ({largest})")
+    assert result[largest] < BOUNDS[dtype], f"{largest}: {result[largest]}"
 
 
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
-def test_float64_at_real_widths(norm_pix_loss: bool) -> None:
-    compare(REAL, norm_pix_loss, torch.float64, 1e-10)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_mae_equals_transformers(norm_pix_loss: bool, dtype: torch.dtype) -> None:
+    check(compare(2, 2, norm_pix_loss, dtype), dtype)
 
 
-@pytest.mark.parametrize("norm_pix_loss", [True, False])
-def test_float32(norm_pix_loss: bool) -> None:
-    compare(REAL, norm_pix_loss, torch.float32, 1e-5)
-
-
-@pytest.mark.parametrize("in_chans", [1, 3, 4])
+@pytest.mark.parametrize("in_chans", [1, 4])
 def test_other_channels(in_chans: int) -> None:
-    compare(TINY, True, torch.float64, 1e-10, in_chans)
+    check(compare(1, 1, True, torch.float64, in_chans), torch.float64)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
-def test_float64_at_full_depth(norm_pix_loss: bool) -> None:
-    compare(FULL, norm_pix_loss, torch.float64, 1e-10)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_mae_equals_transformers_at_full_depth(norm_pix_loss: bool, dtype: torch.dtype) -> None:
+    check(compare(12, 8, norm_pix_loss, dtype), dtype)
 
 
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
 def test_loss_is_the_papers_formula(norm_pix_loss: bool) -> None:
-    """Mean over masked patches of the mean squared error of (normalised) pixels, written out."""
-    ours, _ = pair(TINY, norm_pix_loss, torch.float64)
-    image = torch.randn(3, 3, 48, 48, dtype=torch.float64)
-    mask, _ = same_mask(TINY, 3)
-    prediction = ours({"image": image, "mask": mask}, call="predict")
+    """Section 3: squared error in pixel space, averaged over the pixels of masked patches only."""
+    torch.manual_seed(0)
+    encoder = create_encoder(name="vit_tiny_patch16", img_size=(32, 48), patch_size=8, embed_dim=64, depth=1)
+    mae = MAE(encoder, norm_pix_loss=norm_pix_loss, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2).double()
+    image = torch.randn(2, 3, 32, 48, dtype=torch.float64)
+    mask = torch.stack([torch.randperm(24) >= 6 for _ in range(2)])
+    prediction = mae({"image": image, "mask": mask}, call="predict")
     total, count = 0.0, 0
-    for b in range(3):
-        for n in range(36):
+    for b in range(2):
+        for n in range(24):
             if not mask[b, n]:
                 continue
-            row, column = divmod(n, 6)
-            patch = image[b, :, row * 8 : row * 8 + 8, column * 8 : column * 8 + 8]
-            target = torch.stack([patch[c, i, j] for i in range(8) for j in range(8) for c in range(3)])
+            row, column = n // 6, n % 6
+            pixels = [
+                image[b, c, row * 8 + i, column * 8 + j].item() for i in range(8) for j in range(8) for c in range(3)
+            ]
             if norm_pix_loss:
-                mean = target.sum() / 192
-                variance = ((target - mean) ** 2).sum() / 191
-                target = (target - mean) / (variance + 1e-6) ** 0.5
-            total += float(((prediction[b, n] - target) ** 2).sum() / 192)
-            count += 1
-    loss, _ = ours({"image": image, "mask": mask})
-    assert float(loss) == pytest.approx(total / count, rel=1e-12)
-    assert count == 3 * 27
+                mean = sum(pixels) / len(pixels)
+                variance = sum((x - mean) ** 2 for x in pixels) / (len(pixels) - 1)
+                pixels = [(x - mean) / (variance + 1e-6) ** 0.5 for x in pixels]
+            errors = [(x - y) ** 2 for x, y in zip(pixels, prediction[b, n].tolist(), strict=True)]
+            total, count = total + sum(errors) / len(errors), count + 1
+    loss, _ = mae({"image": image, "mask": mask})
+    assert loss.item() == pytest.approx(total / count, rel=1e-12)
 
 
-def test_only_visible_pixels_reach_the_encoder() -> None:
-    ours, _ = pair(TINY, True, torch.float64)
-    image = torch.randn(2, 3, 48, 48, dtype=torch.float64)
-    mask, _ = same_mask(TINY, 2)
-    changed = patchify(image, 8)
-    changed[mask] += 100.0
-    from ssl_vit.modules.patches import unpatchify
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_encoder_equals_timm(pool: str) -> None:
+    """Forward, forward with nothing masked, forward_visible with all kept, against timm's own forward."""
+    torch.manual_seed(0)
+    encoder = create_encoder(name="vit_base_patch16_224", depth=2, global_pool=pool).double()
+    architecture, arguments = encoder.timm_config()
+    model: Any = timm.create_model(architecture, **arguments).double()
+    model.load_state_dict(encoder.model.state_dict())
+    image = torch.randn(2, 3, 224, 224, dtype=torch.float64)
+    expected, pooled = model.forward_features(image), model(image)
+    everything = torch.arange(196).expand(2, -1)
+    nothing, token = torch.zeros(2, 196, dtype=torch.bool), torch.randn(1, 1, 768, dtype=torch.float64)
+    calls: list[Callable[[], tuple[Tensor, Tensor]]] = [
+        lambda: encoder(image),
+        lambda: encoder(image, nothing, token),
+        lambda: encoder.forward_visible(image, everything),
+    ]
+    for call in calls:
+        tokens = call()
+        assert relative(torch.cat(list(tokens), dim=1), expected) < 1e-10
+        assert relative(encoder.pool(tokens), pooled) < 1e-10  # pyright: ignore[reportArgumentType]
 
-    other = unpatchify(changed, 8, (6, 6))
-    first, second = (ours({"image": x, "mask": mask}, call="predict") for x in (image, other))
-    assert torch.equal(first, second)
+
+@pytest.mark.parametrize(("grid", "dim"), [((14, 14), 768), ((2, 5), 8)])
+def test_position_table_is_the_papers_formula(grid: tuple[int, int], dim: int) -> None:
+    table = sincos2d_table(grid, dim, num_prefix_tokens=1)
+    assert not table[0, 0].any()
+    for n in (0, 1, grid[1], grid[0] * grid[1] - 1):
+        y, x = divmod(n, grid[1])
+        for k in range(dim // 4):
+            angle = torch.tensor(10000.0, dtype=torch.float64) ** (-4 * k / dim)
+            row = table[0, n + 1]
+            expected = [(x * angle).sin(), (x * angle).cos(), (y * angle).sin(), (y * angle).cos()]
+            found = [row[k], row[dim // 4 + k], row[dim // 2 + k], row[3 * dim // 4 + k]]
+            assert torch.stack(found).double() == pytest.approx(torch.stack(expected), abs=1e-7)

@@ -17,7 +17,7 @@ DOORS = [file for file in PIPELINES if file.stem not in ("pack", "index", "verif
 TINY_WORDS = [
     "encoder.img_size=32", "encoder.patch_size=8", "encoder.embed_dim=48", "encoder.depth=2", "encoder.num_heads=3",
     "objective.decoder_embed_dim=32", "objective.decoder_depth=1", "objective.decoder_num_heads=2",
-    "optim.batch_size=16", "optim.epochs=2 steps", "run.workers=0", "run.tensorboard=false", "data.crop_pct=1.0",
+    "optim.batch_size=16", "optim.epochs=2 steps", "optim.warmup_epochs=1 steps", "run.workers=0", "run.tensorboard=false", "data.crop_pct=1.0",
 ]  # fmt: skip
 
 
@@ -95,10 +95,11 @@ def mistakes() -> list[tuple[list[str], list[str]]]:
     return [
         (["objective.mask_ratio=1.0"], ["objective: mask_ratio=1.0", "allowed", "0.75"]),
         (["objective.mask_ration=0.5"], ["objective.mask_ration=0.5", "did you mean 'mask_ratio'"]),
-        (["encoder.img_size=30"], ["img_size=30", "multiple of patch_size=8", "nearest: 32"]),
+        (["encoder.img_size=30"], ["img_size=[30, 30]", "multiple of patch_size=8", "nearest: 32"]),
         (["optim.batch_size=ten"], ["optim.batch_size='ten'", "integer"]),
         (["optim.batch_sise=10"], ["optim.batch_sise=10", "did you mean 'batch_size'"]),
         (["run.micro_batch_size=7"], ["optim.batch_size=16", "run.micro_batch_size=7", "nearest: 14"]),
+        (["optim.warmup_epochs=3 steps"], ["optim.warmup_epochs=3 steps", "longer than the run of 2"]),
         (["optim.epochs=5 apples"], ["optim.epochs='5 apples'", "500 steps"]),
         (["evals.knnn={}"], ["knnn", "did you mean 'knn'"]),
         (["evals.knn.k=[0]"], ["evals.knn", "k=[0]"]),

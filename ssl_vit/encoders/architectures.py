@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -41,7 +42,7 @@ def architecture_sizes(name: str) -> dict[str, int]:
     import timm
 
     with torch.device("meta"):
-        model = timm.create_model(name, num_classes=0)
+        model: Any = timm.create_model(name, num_classes=0)
     return {
         "patch_size": model.patch_embed.patch_size[0],
         "embed_dim": model.embed_dim,

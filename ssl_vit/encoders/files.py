@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from ssl_vit.config import InputError
@@ -94,14 +94,15 @@ def _read(file: Path) -> Mapping[Any, Any]:
             return load_file(file)
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).split("WeightsUnpickler error:")[-1].strip().split("\n")[0]
-        raise InputError(
-            f"{file}: refused, it holds more than tensors ({reason}); if you trust its source, load it with "
-            "torch.load(..., weights_only=False) and save its state dict alone"
-        ) from None
-    except (SafetensorError, RuntimeError, EOFError, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: cannot be read as weights: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # a file that is not ours may fail in any way
+        refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if refused:
+            raise InputError(
+                f"{file}: refused, it holds more than tensors ({refused[1]}); if you trust its source, open it "
+                "where it was made and save its state dict alone"
+            ) from None
+        reason = next(iter(str(error).splitlines()), "")
+        raise InputError(f"{file}: cannot be read as weights: {type(error).__name__}: {reason}") from None
     if not isinstance(content, Mapping):
         raise InputError(f"{file}: holds a {type(content).__name__}; allowed: a state dict, or a dict that holds one")
     return content
@@ -163,7 +164,7 @@ def _timm_facts(name: str, arguments: dict[str, Any], stated: Mapping[str, Any])
     import timm
 
     with torch.device("meta"):
-        model = timm.create_model(name, **{**arguments, "num_classes": 0})
+        model: Any = timm.create_model(name, **{**arguments, "num_classes": 0})
     size = arguments.get("img_size") or stated.get("input_size", (3, 224, 224))[-2:]
     return {
         "name": name,

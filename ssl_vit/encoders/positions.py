@@ -26,7 +26,7 @@ def sincos2d_table(
     Raises:
         ValueError: ``embed_dim`` is not divisible by 4.
     """
-    if embed_dim % 4:
+    if embed_dim < 1 or embed_dim % 4:
         near = max(round(embed_dim / 4), 1) * 4
         raise ValueError(f"{name}={embed_dim}: allowed with fixed positions: multiples of 4; nearest: {near}")
     height, width = grid_size

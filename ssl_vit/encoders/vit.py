@@ -85,12 +85,13 @@ class ViT(Encoder):
         default = architecture_sizes(self.name)
         sizes = {key: default[key] if value is None else value for key, value in sizes.items()}
         patch, embed_dim, num_heads = (cast(int, sizes[key]) for key in ("patch_size", "embed_dim", "num_heads"))
-        for axis, pixels in zip(("height", "width"), self.img_size, strict=True):
+        height, width = self.img_size
+        for axis, pixels in (("height", height), ("width", width)):
             if pixels < patch or pixels % patch:
+                shown = height if height == width else [height, width]
                 near = max(round(pixels / patch), 1) * patch
                 raise ValueError(
-                    f"img_size={list(self.img_size)}: its {axis} {pixels} should be a multiple of "
-                    f"patch_size={patch}; nearest: {near}"
+                    f"img_size={shown}: its {axis} {pixels} should be a multiple of patch_size={patch}; nearest: {near}"
                 )
         check_sizes(embed_dim=embed_dim, num_heads=num_heads)
         self._arguments = {**self._given, **sizes}

@@ -199,8 +199,8 @@ def _fit_positions(
         return table, "pos_embed: not MAE's fixed table; taken from the file and not trained"
     change = f"{grid[0]}x{grid[1]} to {encoder.grid_size[0]}x{encoder.grid_size[1]} patches"
     if fixed and not own.requires_grad:
-        prefix = [encoder.embed_dim, num_prefix]
-        return sincos2d_table(encoder.grid_size, *prefix).to(own), f"pos_embed: fixed table computed anew, {change}"
+        computed = sincos2d_table(encoder.grid_size, encoder.embed_dim, num_prefix)
+        return computed, f"pos_embed: fixed table computed anew, {change}"
     resized = resample_abs_pos_embed(table, list(encoder.grid_size), list(grid), num_prefix_tokens=num_prefix)
     return resized, f"pos_embed: resized (bicubic), {change}"
 

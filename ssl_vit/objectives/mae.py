@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -59,21 +60,23 @@ class MAE(Objective):
         super().__init__(encoder)
         if not encoder.drops_patches:
             raise ValueError(f"encoder.name={encoder.name!r}: MAE drops patches; allowed: plain ViTs, vit_*")
+        table = sincos2d_table(encoder.grid_size, decoder_embed_dim, encoder.num_prefix_tokens, "decoder_embed_dim")
         sizes = {"embed_dim": decoder_embed_dim, "depth": decoder_depth, "num_heads": decoder_num_heads}
         check_sizes("decoder_", **sizes)
         num_patches = encoder.grid_size[0] * encoder.grid_size[1]
         self.num_visible = visible_count(num_patches, mask_ratio)
         self.mask_ratio, self.norm_pix_loss = mask_ratio, norm_pix_loss
-        self.view = {
-            "mask_ratio": mask_ratio,
-            "crop_scale": tuple(crop_scale),
-            "crop_ratio": tuple(crop_ratio),
-            "flip": flip,
-            "interpolation": interpolation,
-        }
+        self.view = MaskedView(
+            img_size=encoder.img_size,
+            grid_size=encoder.grid_size,
+            mask_ratio=mask_ratio,
+            crop_scale=crop_scale,
+            crop_ratio=crop_ratio,
+            flip=flip,
+            interpolation=interpolation,
+        )
         self.decoder_embed = nn.Linear(encoder.token_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
-        table = sincos2d_table(encoder.grid_size, decoder_embed_dim, encoder.num_prefix_tokens, "decoder_embed_dim")
         self.decoder_pos_embed = nn.Parameter(table, requires_grad=False)
         self.decoder_blocks = transformer_blocks(**sizes, mlp_ratio=decoder_mlp_ratio)
         self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
@@ -83,7 +86,7 @@ class MAE(Objective):
     def views(self, img_size: tuple[int, int]) -> MaskedView:
         """Crop, flip and a random mask; nothing else (section A.1)."""
         patch = self.encoder.patch_size
-        return MaskedView(img_size=img_size, grid_size=(img_size[0] // patch, img_size[1] // patch), **self.view)
+        return replace(self.view, img_size=img_size, grid_size=(img_size[0] // patch, img_size[1] // patch))
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean squared error over the masked patches, at least in float32.

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ssl_vit import distributed
+from ssl_vit.config import InputError
 from ssl_vit.data.bad_samples import BadReport
 from ssl_vit.data.loader import STEP_SEED, Batch, Pixels, TrainBatches, iterate
 from ssl_vit.data.order import derive_seed, steps_of
@@ -54,15 +55,36 @@ class Plan:
         return steps_of(epochs.value, self.epoch_size, self.optim.batch_size)
 
     @property
+    def warmup_steps(self) -> int:
+        """Optimizer steps of the warm-up."""
+        return self.optim.warmup_epochs.steps(self.steps_per_epoch)
+
+    def check(self) -> None:
+        """What only the size of the data decides.
+
+        Raises:
+            InputError: there is no step to do, or the warm-up is longer than the run.
+        """
+        if self.total_steps < 1:
+            raise InputError(
+                f"optim.epochs={self.optim.epochs}: is less than one step of {self.optim.batch_size} images"
+            )
+        if self.warmup_steps > self.total_steps:
+            raise InputError(
+                f"optim.warmup_epochs={self.optim.warmup_epochs}: {self.warmup_steps} steps, longer than the run of "
+                f"{self.total_steps} (optim.epochs={self.optim.epochs}); give a shorter one, e.g. "
+                f"optim.warmup_epochs={self.total_steps // 20}steps"
+            )
+
+    @property
     def accumulation(self) -> int:
         """Forward passes of a device in one step."""
         return self.optim.batch_size // self.num_ranks // self.micro_batch_size
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of the step after ``step`` steps."""
-        warmup = self.optim.warmup_epochs.steps(self.steps_per_epoch)
         schedule = SCHEDULES[self.optim.schedule]
-        return schedule(step, self.total_steps, warmup, absolute_lr(self.optim), self.optim.min_lr)
+        return schedule(step, self.total_steps, self.warmup_steps, absolute_lr(self.optim), self.optim.min_lr)
 
     def progress(self, step: int) -> Progress:
         """Where the run is after ``step`` steps."""
