@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,7 +65,7 @@ def run(recipe: Recipe, resume: str = "auto") -> None:
         folder.open(recipe, {"num_processes": accelerator.num_processes, "micro_batch_size": micro, "workers": workers})
         folder.log_to_file()
         folder.status("running", start_step)
-    announce(recipe, plan, sets, accelerator, start_step, workers)
+    announce(recipe, plan, sets, accelerator, start_step, workers, objective.level_c)
     wrapped, optimizer = accelerator.prepare(objective, optimizer)
 
     # where numbers, pictures and checkpoints go
@@ -207,7 +208,13 @@ def measure(subject: Subject, evaluations: dict[str, Evaluation]) -> dict[str, f
 
 
 def announce(
-    recipe: Recipe, plan: Plan, sets: build.Sets, accelerator: Accelerator, start_step: int, workers: int
+    recipe: Recipe,
+    plan: Plan,
+    sets: build.Sets,
+    accelerator: Accelerator,
+    start_step: int,
+    workers: int,
+    level_c: tuple[str, ...],
 ) -> None:
     """The lines a person checks before walking away."""
     if not accelerator.is_main_process:
@@ -226,12 +233,23 @@ def announce(
         workers,
     )
     logger.info("%s", plan.describe())
+    loose = [key for key in level_c if _value_at(recipe, key)]
+    loose += ["mixed_precision"] if accelerator.mixed_precision != "no" else []
+    other = f"equal in distribution ({', '.join(loose)})" if loose else "equal to 1e-5"
     logger.info(
-        "exactness: resume is bit for bit with this code, machine, processes, micro-batch and threads; other processes "
-        "or micro-batches agree to 1e-5 in float32"
+        "exactness: a resume is bit for bit with this code, machine, processes, micro-batch and threads, whatever the "
+        "loader workers; with other processes or micro-batches the batches, views and masks are the same, losses %s",
+        other,
     )
     if start_step:
         logger.info("resumed after step %d of %d", start_step, plan.total_steps)
+
+
+def _value_at(recipe: Recipe, key: str) -> Any:
+    value: Any = plain(recipe)
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
 
 
 def save_picture(folder: Path, log: MetricsLog, step: int, name: str, image: np.ndarray) -> None:

@@ -78,8 +78,9 @@ def test_a_step_moves_what_trains_and_nothing_else(name: str, images: Path, tmp_
 def test_loss_treats_samples_alone(name: str, images: Path, tmp_path: Path) -> None:
     """Level (b): the loss of a batch is the mean over its halves, for objectives that do not declare otherwise."""
     objective, batch = build(name, images, tmp_path)
-    if objective.level_c:
-        pytest.skip(f"level (c): {objective.level_c}")
+    others = set(objective.level_c) - {"encoder.drop_path_rate"}  # 0 in the tiny encoder
+    if others:
+        pytest.skip(f"level (c): {others}")
     objective = objective.double().eval()
     batch = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
     whole, _ = objective(batch)

@@ -17,7 +17,8 @@ DOORS = [file for file in PIPELINES if file.stem not in ("pack", "index", "verif
 TINY_WORDS = [
     "encoder.img_size=32", "encoder.patch_size=8", "encoder.embed_dim=48", "encoder.depth=2", "encoder.num_heads=3",
     "objective.decoder_embed_dim=32", "objective.decoder_depth=1", "objective.decoder_num_heads=2",
-    "optim.batch_size=16", "optim.epochs=2 steps", "optim.warmup_epochs=1 steps", "run.workers=0", "run.tensorboard=false", "data.crop_pct=1.0",
+    "optim.batch_size=16", "optim.epochs=2 steps", "optim.warmup_epochs=1 steps",
+    "run.workers=0", "run.tensorboard=false", "data.crop_pct=1.0",
 ]  # fmt: skip
 
 

@@ -53,6 +53,16 @@ class CropView:
     flip: float
     interpolation: str
 
+    def __post_init__(self) -> None:
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError(
+                f"crop_scale={list(self.crop_scale)}: allowed: 0 < smallest <= largest <= 1, e.g. [0.2, 1.0]"
+            )
+        if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
+            raise ValueError(f"crop_ratio={list(self.crop_ratio)}: allowed: 0 < smallest <= largest, e.g. [0.75, 1.33]")
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"flip={self.flip}: allowed: a probability, 0 to 1")
+
     def crop(self, image: Tensor) -> Tensor:
         """uint8 (C, H, W) to uint8 (C, *img_size)."""
         from torchvision.transforms import RandomResizedCrop

@@ -49,8 +49,8 @@ class Objective(nn.Module):
         encoder: what is trained, measured and exported
     """
 
-    level_c: tuple[str, ...] = ()
-    """Settings that make batches with another layout equal in distribution only."""
+    level_c: tuple[str, ...] = ("encoder.drop_path_rate",)
+    """Recipe keys that, unless 0 or false, make runs with another layout equal in distribution only."""
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
