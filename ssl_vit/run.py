@@ -6,15 +6,12 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
-from PIL import Image
 
-from ssl_vit import build, distributed
+from ssl_vit import build
 from ssl_vit.config import InputError, plain, to_yaml
 from ssl_vit.data.bad_samples import BadSamples
 from ssl_vit.data.loader import Pixels, TrainBatches
@@ -74,7 +71,7 @@ def run(recipe: Recipe, resume: str = "auto") -> None:
     bad = BadSamples(folder.path / "bad_samples.jsonl", recipe.data.max_bad_fraction)
     subject = subject_of(recipe, objective, wrapped, pixels, sets, accelerator.device, workers)
     subject.on_bad = bad
-    subject.picture = lambda name, image: save_picture(folder.path, log, subject.step, name, image)
+    subject.picture = lambda name, image: log.picture(subject.step, name, image)
     keep_every = recipe.run.keep_every.steps(plan.steps_per_epoch) if recipe.run.keep_every else None
 
     # train
@@ -132,7 +129,7 @@ def evaluate(recipe: EvaluationRecipe, resume: str = "auto") -> None:
     bad = BadSamples(folder.path / "bad_samples.jsonl", 1.0)
     subject = subject_of(recipe, objective, objective, pixels, sets, accelerator.device, workers)
     subject.on_bad = bad
-    subject.picture = lambda name, image: save_picture(folder.path, log, 0, name, image)
+    subject.picture = lambda name, image: log.picture(0, name, image)
     with accelerator.autocast():
         results = measure(subject, evaluations)
     log.evaluation(0, results)
@@ -250,16 +247,6 @@ def _value_at(recipe: Recipe, key: str) -> Any:
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     return value
-
-
-def save_picture(folder: Path, log: MetricsLog, step: int, name: str, image: np.ndarray) -> None:
-    """``RUN/pictures/NAME_XXXXXXXX.png``, and TensorBoard; the main process's work."""
-    if not distributed.is_main():
-        return
-    target = folder / "pictures" / f"{name}_{step:08d}.png"
-    target.parent.mkdir(exist_ok=True)
-    Image.fromarray(image).save(target)
-    log.picture(step, name, image)
 
 
 def finish(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,12 +39,12 @@ def losses(folder: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
 
 
-def start_process(values: dict[str, Any], folder: Path) -> subprocess.Popen[str]:
+def start_process(values: dict[str, Any], folder: Path, *words: str) -> subprocess.Popen[str]:
     """The recipe through its pipeline in a process of its own."""
     file = folder.with_suffix(".yaml")
     file.write_text(to_yaml(values))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "pipelines" / "pretrain_mae.py"), "--config", str(file)]
+    command = [sys.executable, str(ROOT / "pipelines" / "pretrain_mae.py"), "--config", str(file), *words]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
@@ -155,6 +158,13 @@ def test_retention_goes_by_step_also_after_a_resume(images: Path, tmp_path: Path
     assert Checkpoints(folder / "checkpoints").steps() == [0, 5, 10, 11, 12]
     assert (folder / "checkpoints" / "latest").read_text().strip() == "step_00000012"
     assert Checkpoints(folder / "checkpoints").newest() == folder / "checkpoints" / "step_00000012"
+    for step in (11, 12):  # as if it had been killed after step 10
+        shutil.rmtree(folder / "checkpoints" / f"step_{step:08d}")
+    (folder / "result.json").unlink()
+    train(values)
+    assert "resumed after step 10 of 12" in (folder / "train.log").read_text()
+    assert Checkpoints(folder / "checkpoints").steps() == [0, 5, 10, 11, 12]
+    assert (folder / "checkpoints" / "latest").read_text().strip() == "step_00000012"
 
 
 def test_a_half_checkpoint_is_not_one(images: Path, tmp_path: Path) -> None:
@@ -186,6 +196,49 @@ def test_micro_batches_do_not_matter(images: Path, tmp_path: Path, clip: float |
         found.append([loss for _, loss in losses(train(values))])
     for other in found[1:]:
         assert other == pytest.approx(found[0], rel=1e-5)
+
+
+def test_bf16_trains_in_full_precision_weights(images: Path, tmp_path: Path) -> None:
+    """Autocast only: weights and optimizer stay float32, losses are near those of float32, a resume is exact."""
+    found = {}
+    for precision in ("no", "bf16"):  # in processes of their own: accelerate keeps one precision a process
+        values = tiny_recipe(images, tmp_path / precision, mixed_precision=precision)
+        process = start_process(values, tmp_path / precision)
+        assert process.wait(timeout=120) == 0
+        found[precision] = losses(tmp_path / precision)
+    whole, half = ([loss for _, loss in found[precision]] for precision in ("no", "bf16"))
+    assert half == pytest.approx(whole, rel=0.02)
+    assert half != whole
+    weights, optimizer, _ = read_checkpoint(tmp_path / "bf16" / "checkpoints" / "step_00000008")
+    assert {t.dtype for t in weights.values()} == {torch.float32}
+    assert {state["exp_avg"].dtype for state in optimizer["state"].values()} == {torch.float32}
+    values["run"] |= {"dir": str(tmp_path / "again")}
+    process = start_process(
+        values, tmp_path / "again", "--resume", str(tmp_path / "bf16" / "checkpoints" / "step_00000008")
+    )
+    assert process.wait(timeout=120) == 0
+    assert losses(tmp_path / "again") == found["bf16"][8:]
+
+
+def test_auto_precision_is_saved_as_resolved(images: Path, tmp_path: Path) -> None:
+    folder = train(tiny_recipe(images, tmp_path / "run", mixed_precision="auto", optim__epochs="3 steps"))
+    expected = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+    assert f"mixed_precision: '{expected}'" in (folder / "recipe.yaml").read_text().replace('"', "'")
+    assert f"precision {expected}" in (folder / "train.log").read_text()
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_gets_a_progress_bar(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    folder = train(tiny_recipe(images, tmp_path / "run", optim__epochs="5 steps"))
+    assert "5/5" in terminal.getvalue()
+    assert re.search(r"loss \d\.\d+ .*lr .*images/s .*data_wait", terminal.getvalue())
+    assert "step 3/5" not in (folder / "train.log").read_text(), "no plain lines beside the bar"
 
 
 def test_the_loss_falls(images: Path, tmp_path: Path) -> None:

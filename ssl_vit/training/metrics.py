@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ class MetricsLog:
         self.bar: Any = None
         if not active:
             return
-        self.path = folder / "metrics.jsonl"
+        self.path, self.pictures = folder / "metrics.jsonl", folder / "pictures"
         truncate_metrics(self.path, start_step)
         self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
         if tensorboard:
@@ -84,7 +85,11 @@ class MetricsLog:
         logger.info("step %d  %s", step, "  ".join(f"{name} {value:.4f}" for name, value in results.items()))
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
-        """A uint8 (H, W, 3) picture for TensorBoard."""
+        """A uint8 (H, W, 3) picture as ``RUN/pictures/NAME_XXXXXXXX.png`` and in TensorBoard."""
+        if not self.active:
+            return
+        self.pictures.mkdir(exist_ok=True)
+        Image.fromarray(image).save(self.pictures / f"{name}_{step:08d}.png")
         if self.writer is not None:
             self._tracker("write a picture", lambda: self.writer.add_image(name, image, step, dataformats="HWC"))
 

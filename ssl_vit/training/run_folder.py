@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from tqdm import tqdm
 
 from ssl_vit import __version__
 from ssl_vit.config import InputError, plain, to_yaml
@@ -121,14 +122,27 @@ class RunFolder:
         """Send the package's log to train.log too."""
         handler = logging.FileHandler(self.path / "train.log", encoding="utf-8", errors="backslashreplace")
         handler.setFormatter(FORMATTER)
-        logging.getLogger("ssl_vit").addHandler(handler)
+        logger = logging.getLogger("ssl_vit")
+        for old in [old for old in logger.handlers if isinstance(old, logging.FileHandler)]:
+            logger.removeHandler(old)  # of an earlier run in this process
+            old.close()
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+
+
+class BesideBar(logging.Handler):
+    """Lines on stderr that do not tear a progress bar apart."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line, above the bar if there is one."""
+        tqdm.write(self.format(record), file=sys.stderr)
 
 
 def log_to_stderr() -> None:
     """Show the package's log on stderr, beside a progress bar if there is one."""
     logger = logging.getLogger("ssl_vit")
     if not logger.handlers:
-        handler = logging.StreamHandler(sys.stderr)
+        handler = BesideBar()
         handler.setFormatter(FORMATTER)
         logger.addHandler(handler)
     logger.setLevel(logging.INFO)
