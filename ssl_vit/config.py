@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -72,6 +73,11 @@ class Duration:
     def steps(self, steps_per_epoch: float) -> int:
         """The one place where durations become optimizer steps."""
         return int(self.value) if self.unit == "steps" else round(self.value * steps_per_epoch)
+
+    def due(self, step: int, steps_per_epoch: float) -> bool:
+        """Whether a multiple of this length (above 0) ends with step number ``step``; epochs need not end on a step."""
+        period = max(self.value * (1.0 if self.unit == "steps" else steps_per_epoch), 1.0)
+        return step > 0 and math.floor(step / period) > math.floor((step - 1) / period)
 
     def __str__(self) -> str:
         return f"{int(self.value)} steps" if self.unit == "steps" else f"{self.value:g}"

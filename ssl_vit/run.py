@@ -66,13 +66,14 @@ def run(recipe: Recipe, resume: str = "auto") -> None:
     wrapped, optimizer = accelerator.prepare(objective, optimizer)
 
     # where numbers, pictures and checkpoints go
-    log = MetricsLog(folder.path, start_step, plan.total_steps, recipe.run.tensorboard, accelerator.is_main_process)
+    # a run that starts over evaluates step 0 again, so that line must go too
+    kept = start_step or -1
+    log = MetricsLog(folder.path, kept, plan.total_steps, recipe.run.tensorboard, accelerator.is_main_process)
     log.config(to_yaml(recipe))
     bad = BadSamples(folder.path / "bad_samples.jsonl", recipe.data.max_bad_fraction)
     subject = subject_of(recipe, objective, wrapped, pixels, sets, accelerator.device, workers)
     subject.on_bad = bad
     subject.picture = lambda name, image: log.picture(subject.step, name, image)
-    keep_every = recipe.run.keep_every.steps(plan.steps_per_epoch) if recipe.run.keep_every else None
 
     # train
     Trainer(
@@ -89,11 +90,11 @@ def run(recipe: Recipe, resume: str = "auto") -> None:
         plan,
         recipe.seed,
         log,
-        Checkpoints(folder.checkpoints, recipe.run.keep_last, keep_every),
+        Checkpoints(folder.checkpoints, recipe.run.keep_last, plan.ends(recipe.run.keep_every)),
         evaluate=evaluate_when_due(recipe, evaluations, plan, subject, log),
         on_bad=bad,
         start_step=start_step,
-        save_steps=max(recipe.run.save_every.steps(plan.steps_per_epoch), 1),
+        save_due=plan.ends(recipe.run.save_every),
         log_every=recipe.run.log_every,
         workers=workers,
         state={"data": sets.fingerprint},
@@ -182,12 +183,10 @@ def evaluate_when_due(
     recipe: Recipe, evaluations: dict[str, Evaluation], plan: Plan, subject: Subject, log: MetricsLog
 ) -> Callable[[int], None]:
     """A function of the steps done: every evaluation at the start, at the end and at multiples of its ``every``."""
-    total = plan.total_steps
-    every = {name: (recipe.evals[name] or {}).get("every") for name in evaluations}
-    periods = {name: max(e.steps(plan.steps_per_epoch), 1) if e else total for name, e in every.items()}
+    ends = {name: plan.ends((recipe.evals[name] or {}).get("every")) for name in evaluations}
 
     def evaluate_at(step: int) -> None:
-        due = {name: e for name, e in evaluations.items() if step in (0, total) or step % periods[name] == 0}
+        due = {name: e for name, e in evaluations.items() if step in (0, plan.total_steps) or ends[name](step)}
         if due:
             log.evaluation(step, measure(subject.at(step), due))
 

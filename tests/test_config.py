@@ -113,6 +113,14 @@ def test_durations(steps: int, per_epoch: float) -> None:
     assert Duration.parse(plain(Duration(per_epoch, "epochs"))) == Duration(per_epoch, "epochs")
 
 
+def test_ends_of_epochs_do_not_drift() -> None:
+    """49,984 images in batches of 256 are 195.25 steps: the fifth multiple of 5 epochs is the end of 25 epochs."""
+    every = Duration(5, "epochs")
+    assert [step for step in range(4883) if every.due(step, 195.25)] == [977, 1953, 2929, 3905, 4882]
+    assert [step for step in range(13) if Duration(4, "steps").due(step, 195.25)] == [4, 8, 12]
+    assert [step for step in range(4) if Duration(0.1, "epochs").due(step, 4.5)] == [1, 2, 3], "at most once a step"
+
+
 @pytest.mark.parametrize("value", [True, "x", "-1", "1.5 steps", "3 apples", None])
 def test_no_durations(value: object) -> None:
     with pytest.raises(ValueError, match="should be"):

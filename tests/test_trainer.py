@@ -155,7 +155,7 @@ def test_retention_goes_by_step_also_after_a_resume(images: Path, tmp_path: Path
     values = tiny_recipe(images, tmp_path / "run")
     values["run"] |= {"save_every": "1 steps", "keep_last": 2, "keep_every": "5 steps"}
     folder = train(values)
-    assert Checkpoints(folder / "checkpoints").steps() == [0, 5, 10, 11, 12]
+    assert Checkpoints(folder / "checkpoints").steps() == [5, 10, 11, 12]
     assert (folder / "checkpoints" / "latest").read_text().strip() == "step_00000012"
     assert Checkpoints(folder / "checkpoints").newest() == folder / "checkpoints" / "step_00000012"
     for step in (11, 12):  # as if it had been killed after step 10
@@ -163,8 +163,19 @@ def test_retention_goes_by_step_also_after_a_resume(images: Path, tmp_path: Path
     (folder / "result.json").unlink()
     train(values)
     assert "resumed after step 10 of 12" in (folder / "train.log").read_text()
-    assert Checkpoints(folder / "checkpoints").steps() == [0, 5, 10, 11, 12]
+    assert Checkpoints(folder / "checkpoints").steps() == [5, 10, 11, 12]
     assert (folder / "checkpoints" / "latest").read_text().strip() == "step_00000012"
+
+
+def test_a_run_that_died_before_its_first_step_has_one_start(images: Path, tmp_path: Path) -> None:
+    values = tiny_recipe(images, tmp_path / "run", evals={"rank": {}}, optim__epochs="4 steps")
+    folder = train(values)
+    shutil.rmtree(folder / "checkpoints" / "step_00000004")
+    (folder / "result.json").unlink()
+    before = losses(folder)
+    train(values)
+    assert losses(folder) == before
+    assert [v["step"] for v in read_metrics(folder / "metrics.jsonl") if "rank/effective_rank" in v] == [0, 4]
 
 
 def test_a_half_checkpoint_is_not_one(images: Path, tmp_path: Path) -> None:

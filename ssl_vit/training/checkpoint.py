@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,12 +50,12 @@ class Checkpoints:
     Args:
         folder: ``RUN/checkpoints``.
         keep_last: number of newest checkpoints kept.
-        keep_every: steps; multiples of it are never deleted.
+        keep: whether the checkpoint of a step is never deleted.
     """
 
     folder: Path
     keep_last: int = 2
-    keep_every: int | None = None
+    keep: Callable[[int], bool] = lambda step: False
 
     def steps(self) -> list[int]:
         """Steps of the whole checkpoints, ascending."""
@@ -96,7 +97,7 @@ class Checkpoints:
     def _prune(self, newest: int) -> None:
         kept = set(self.steps()[-self.keep_last :]) | {newest}
         for step in self.steps():
-            if step not in kept and not (self.keep_every and step % self.keep_every == 0):
+            if step not in kept and not self.keep(step):
                 shutil.rmtree(self.path(step))
 
     def newest(self) -> Path | None:

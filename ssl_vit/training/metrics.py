@@ -24,7 +24,7 @@ class MetricsLog:
 
     Args:
         folder: of the run.
-        start_step: steps already done; later lines of an earlier attempt are cut off.
+        start_step: steps already done, -1 for a new start; later lines of an earlier attempt are cut off.
         total_steps: for the progress display.
         tensorboard: also write ``RUN/tensorboard``.
         active: False on all but the main process: every method does nothing.
@@ -44,7 +44,7 @@ class MetricsLog:
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            self.bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True)
+            self.bar = tqdm(total=total_steps, initial=max(start_step, 0), unit="step", dynamic_ncols=True)
 
     def _open_tensorboard(self, folder: Path, start_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -97,7 +97,7 @@ class MetricsLog:
         """The recipe, as text: nested values cannot break a tracker that way."""
         if self.writer is not None:
             text = "".join(f"    {line}\n" for line in recipe_yaml.splitlines())
-            self._tracker("write the recipe", lambda: self.writer.add_text("recipe", text, self.start_step))
+            self._tracker("write the recipe", lambda: self.writer.add_text("recipe", text, max(self.start_step, 0)))
 
     def _write(self, line: dict[str, Any]) -> None:
         # NaN and infinity are not JSON; they are written as text so that any parser can read the record

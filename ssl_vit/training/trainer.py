@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ssl_vit import distributed
-from ssl_vit.config import InputError
+from ssl_vit.config import Duration, InputError
 from ssl_vit.data.bad_samples import BadReport
 from ssl_vit.data.loader import STEP_SEED, Batch, Pixels, TrainBatches, iterate
 from ssl_vit.data.order import derive_seed, steps_of
@@ -86,6 +86,10 @@ class Plan:
         schedule = SCHEDULES[self.optim.schedule]
         return schedule(step, self.total_steps, self.warmup_steps, absolute_lr(self.optim), self.optim.min_lr)
 
+    def ends(self, period: Duration | None) -> Callable[[int], bool]:
+        """A function of the steps done: whether a multiple of ``period`` has just ended; None: never."""
+        return lambda step: period is not None and period.due(step, self.steps_per_epoch)
+
     def progress(self, step: int) -> Progress:
         """Where the run is after ``step`` steps."""
         per_epoch = self.steps_per_epoch
@@ -119,7 +123,7 @@ class Trainer:
         evaluate: called with the number of steps done, before the first step and after each.
         on_bad: called with the reports of samples that did not decode and the number of samples seen.
         start_step: steps done before this process started.
-        save_steps: steps between checkpoints.
+        save_due: whether to save after so many steps; the last step is always saved.
         log_every: steps between log lines.
         workers: loader processes.
         state: saved with each checkpoint.
@@ -138,7 +142,7 @@ class Trainer:
     evaluate: Callable[[int], None]
     on_bad: Callable[[list[BadReport], int], None]
     start_step: int = 0
-    save_steps: int = 1000
+    save_due: Callable[[int], bool] = lambda step: False
     log_every: int = 20
     workers: int = 2
     state: dict[str, Any] = field(default_factory=dict)
@@ -201,7 +205,7 @@ class Trainer:
                 window_start, waited, window_steps = time.perf_counter(), 0.0, 0
             pause = time.perf_counter()
             self.evaluate(done)
-            if done % self.save_steps == 0 or done == total:
+            if self.save_due(done) or done == total:
                 self._save(done)
             window_start += time.perf_counter() - pause
 
