@@ -104,6 +104,7 @@ def run(recipe: Recipe, resume: str = "auto") -> None:
     # hand over
     if accelerator.is_main_process:
         finish(recipe, folder, objective, pixels, plan, sets.rule, bad.count)
+        folder.close_log()
 
 
 def evaluate(recipe: EvaluationRecipe, resume: str = "auto") -> None:
@@ -141,6 +142,7 @@ def evaluate(recipe: EvaluationRecipe, resume: str = "auto") -> None:
         )
         folder.status("finished", exit_code=0)
         report(folder)
+        folder.close_log()
 
 
 # --------------------------------------------------------------------------------------------- pieces

@@ -15,7 +15,7 @@ from ssl_vit.recipe import EvaluationRecipe, Recipe, check_recipe, objective_cla
 from ssl_vit.run import run
 
 PRETRAIN = sorted((ROOT / "configs" / "pretrain").glob("*.yaml"))
-MEASURE = sorted([*(ROOT / "configs" / "linear_probe").glob("*.yaml"), *(ROOT / "configs" / "knn").glob("*.yaml")])
+MEASURE = sorted(f for f in (ROOT / "configs").rglob("*.yaml") if f.parent.name in ("linear_probe", "knn", "evaluate"))
 ENCODER_MILLIONS = {
     "mae_vit_base_patch16_in1k": 85.8,
     "mae_vit_large_patch16_in1k": 303.3,

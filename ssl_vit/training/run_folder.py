@@ -122,12 +122,17 @@ class RunFolder:
         """Send the package's log to train.log too."""
         handler = logging.FileHandler(self.path / "train.log", encoding="utf-8", errors="backslashreplace")
         handler.setFormatter(FORMATTER)
+        self.close_log()
+        logging.getLogger("ssl_vit").addHandler(handler)
+        logging.getLogger("ssl_vit").setLevel(logging.INFO)
+
+    @staticmethod
+    def close_log() -> None:
+        """Stop writing train.log, also that of a run that failed earlier in this process."""
         logger = logging.getLogger("ssl_vit")
-        for old in [old for old in logger.handlers if isinstance(old, logging.FileHandler)]:
-            logger.removeHandler(old)  # of an earlier run in this process
-            old.close()
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
+        for handler in [handler for handler in logger.handlers if isinstance(handler, logging.FileHandler)]:
+            logger.removeHandler(handler)
+            handler.close()
 
 
 class BesideBar(logging.Handler):
