@@ -11,7 +11,6 @@ from ssl_vit.config import InputError
 from ssl_vit.evaluation.base import Evaluation, Subject
 from ssl_vit.evaluation.logistic import fit_selected
 
-
 PENALTIES = [1.0, 1e-1, 1e-2, 1e-3, 1e-4]
 """Weaker ones change nothing: so few images are told apart without an error."""
 
