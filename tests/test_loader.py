@@ -173,6 +173,12 @@ def test_a_read_error_is_not_a_bad_sample(shards: Path, tmp_path: Path) -> None:
         data[0]
 
 
+def test_a_file_stays_open_while_it_is_read(shards: Path) -> None:
+    """Also when the cache of open files drops it at once, as it may when threads race."""
+    index = open_source(str(shards))
+    assert [Reader(index, max_open=0).read(i) for i in range(60)] == [Reader(index).read(i) for i in range(60)]
+
+
 def test_normalisation_happens_on_the_device_in_float32() -> None:
     image = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
     batch = {"image": image, "mask": torch.ones(2, 4, dtype=torch.bool), "target_image": image}

@@ -96,7 +96,7 @@ def mistakes() -> list[tuple[list[str], list[str]]]:
     return [
         (["objective.mask_ratio=1.0"], ["objective: mask_ratio=1.0", "allowed", "0.75"]),
         (["objective.mask_ration=0.5"], ["objective.mask_ration=0.5", "did you mean 'mask_ratio'"]),
-        (["encoder.img_size=30"], ["img_size=[30, 30]", "multiple of patch_size=8", "nearest: 32"]),
+        (["encoder.img_size=30"], ["img_size=30", "multiple of patch_size=8", "nearest: 32"]),
         (["optim.batch_size=ten"], ["optim.batch_size='ten'", "integer"]),
         (["optim.batch_sise=10"], ["optim.batch_sise=10", "did you mean 'batch_size'"]),
         (["run.micro_batch_size=7"], ["optim.batch_size=16", "run.micro_batch_size=7", "nearest: 14"]),

@@ -54,9 +54,10 @@ class Reader:
         path = index.path(index.shard_of(sample))
         _, offset, size, _ = index.samples[sample].item()
         try:
-            descriptor = self._open(path).descriptor
-            data = os.pread(descriptor, size, offset)
-            while len(data) < size and (more := os.pread(descriptor, size - len(data), offset + len(data))):
+            # held until the read is done: it closes with its last reference, and the cache may drop it at any time
+            file = self._open(path)
+            data = os.pread(file.descriptor, size, offset)
+            while len(data) < size and (more := os.pread(file.descriptor, size - len(data), offset + len(data))):
                 data += more
         except OSError as error:
             raise ReadError(f"{path}: {index.describe(sample)}: {error.strerror or error}") from error
