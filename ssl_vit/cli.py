@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from ssl_vit.config import (
     EXIT_BAD_INPUT,
+    EXIT_RESUMABLE,
     InputError,
     Section,
     check,
@@ -90,9 +91,16 @@ def pretrain(doc: str | None, pipeline: str, objective: str, default: str, image
         return images if any(word.lstrip("-").startswith("data.train=") for word in words) else default
 
     def start(recipe: Recipe, resume: str) -> None:
+        from ssl_vit import distributed
         from ssl_vit.run import run
+        from ssl_vit.training.signals import Preempted
 
-        run(recipe, resume)
+        try:
+            run(recipe, resume)
+        except Preempted as stop:
+            _preempted(recipe.run.dir, stop.step, str(stop))
+        finally:
+            distributed.shutdown()
 
     def guard(values: dict[str, Any]) -> None:
         name = (values.get("objective") or {}).get("name")
@@ -115,9 +123,13 @@ def evaluate(doc: str | None, pipeline: str, default: str) -> None:
     from ssl_vit.recipe import EvaluationRecipe
 
     def start(recipe: EvaluationRecipe, resume: str) -> None:
+        from ssl_vit import distributed
         from ssl_vit.run import evaluate
 
-        evaluate(recipe, resume)
+        try:
+            evaluate(recipe, resume)
+        finally:
+            distributed.shutdown()
 
     _door(doc, pipeline, EvaluationRecipe, lambda words: default, lambda values: None, start)
 
@@ -151,8 +163,7 @@ def _door(
         if arguments.print_config:
             print(to_yaml(recipe), end="")
             return
-        check_libraries()
-        _log()
+        _prepare()
         if not arguments.files:
             logging.getLogger("ssl_vit").info("no --config: %s", files[0])
         start(recipe, arguments.resume)
@@ -164,32 +175,16 @@ def _door(
         raise
 
 
-def check_libraries() -> None:
-    """Import the pair that most often does not match, so that a mismatch is named before it breaks timm.
-
-    Raises:
-        InputError: torchvision does not load with this torch.
-    """
-    from importlib.metadata import version
-
-    try:
-        import torchvision  # noqa: F401
-    except (ImportError, OSError, RuntimeError) as error:
-        raise InputError(
-            f"torch {version('torch')} and torchvision {version('torchvision')} do not match "
-            f"({' '.join(str(error).split())}); cure: pip install -c constraints.txt torch torchvision"
-        ) from None
-
-
 def _find(file: Path, configs: Path) -> Path:
     """A recipe's path is looked up from the working folder, then from the folder that holds ``configs/``."""
     beside = configs.parent / file
     return beside if not file.exists() and beside.is_file() else file
 
 
-def _log() -> None:
-    from ssl_vit.training.run_folder import log_to_stderr
+def _prepare() -> None:
+    from ssl_vit.training.run_folder import check_libraries, log_to_stderr
 
+    check_libraries()
     log_to_stderr()
 
 
@@ -204,6 +199,16 @@ def _failed(values: dict[str, Any], exit_code: int, message: str) -> None:
     target = RunFolder(folder)
     if target.belongs_to_no_run() or target.read_status().get("state") == "running":
         target.status("failed", target.read_status().get("step", 0), exit_code, message)
+
+
+def _preempted(folder: str, step: int, message: str) -> NoReturn:
+    from ssl_vit import distributed
+    from ssl_vit.training.run_folder import RunFolder
+
+    if distributed.is_main():
+        RunFolder(folder).status("preempted", step, EXIT_RESUMABLE, message)
+        print(message, file=sys.stderr)
+    sys.exit(EXIT_RESUMABLE)
 
 
 def help_text(doc: str | None, section: type[Section], values: dict[str, Any]) -> str:

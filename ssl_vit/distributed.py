@@ -22,6 +22,12 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def shutdown() -> None:
+    """Leave the process group, if there is one: every way out of a run does, or its peers wait for nobody."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def barrier() -> None:
     """Wait until every process is here."""
     if world_size() > 1:
@@ -35,6 +41,15 @@ def all_sum(value: Tensor) -> Tensor:
     total = value.clone()
     dist.all_reduce(total)
     return total
+
+
+def all_max(value: Tensor) -> Tensor:
+    """Largest ``value`` over the processes; the argument is left as it is."""
+    if world_size() == 1:
+        return value
+    largest = value.clone()
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest
 
 
 def gather_interleaved(part: Tensor, total: int) -> Tensor:

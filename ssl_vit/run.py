@@ -25,6 +25,7 @@ from ssl_vit.training.checkpoint import Checkpoints, restore
 from ssl_vit.training.metrics import MetricsLog, read_metrics
 from ssl_vit.training.optim import build_optimizer
 from ssl_vit.training.run_folder import RunFolder, library_versions
+from ssl_vit.training.signals import StopRequest
 from ssl_vit.training.trainer import Plan, Trainer
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,8 @@ def run(recipe: Recipe, resume: str = "auto") -> None:
     subject.picture = lambda name, image: log.picture(subject.step, name, image)
 
     # train
-    Trainer(
+    stop = StopRequest()
+    trainer = Trainer(
         accelerator,
         wrapped,
         objective,
@@ -93,12 +95,15 @@ def run(recipe: Recipe, resume: str = "auto") -> None:
         Checkpoints(folder.checkpoints, recipe.run.keep_last, plan.ends(recipe.run.keep_every)),
         evaluate=evaluate_when_due(recipe, evaluations, plan, subject, log),
         on_bad=bad,
+        stop=stop,
         start_step=start_step,
         save_due=plan.ends(recipe.run.save_every),
         log_every=recipe.run.log_every,
         workers=workers,
         state={"data": sets.fingerprint},
-    ).fit()  # fmt: skip
+    )  # fmt: skip
+    with stop:
+        trainer.fit()
     log.close()
 
     # hand over

@@ -163,6 +163,21 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
+def check_libraries() -> None:
+    """Import the pair that most often does not match, so that a mismatch is named before it breaks timm.
+
+    Raises:
+        InputError: torchvision does not load with this torch.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, OSError, RuntimeError) as error:
+        raise InputError(
+            f"torch {version('torch')} and torchvision {version('torchvision')} do not match "
+            f"({' '.join(str(error).split())}); cure: pip install -c constraints.txt torch torchvision"
+        ) from None
+
+
 def environment() -> dict[str, Any]:
     """Versions, machine and threads: what bit-for-bit equality depends on."""
     import torch

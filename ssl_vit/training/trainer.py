@@ -23,6 +23,7 @@ from ssl_vit.training.checkpoint import Checkpoints
 from ssl_vit.training.metrics import MetricsLog
 from ssl_vit.training.optim import OptimSection, absolute_lr
 from ssl_vit.training.schedules import SCHEDULES
+from ssl_vit.training.signals import Preempted, StopRequest
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,7 @@ class Trainer:
         checkpoints: where to save.
         evaluate: called with the number of steps done, before the first step and after each.
         on_bad: called with the reports of samples that did not decode and the number of samples seen.
+        stop: asked after each step whether to save and end.
         start_step: steps done before this process started.
         save_due: whether to save after so many steps; the last step is always saved.
         log_every: steps between log lines.
@@ -141,6 +143,7 @@ class Trainer:
     checkpoints: Checkpoints
     evaluate: Callable[[int], None]
     on_bad: Callable[[list[BadReport], int], None]
+    stop: StopRequest
     start_step: int = 0
     save_due: Callable[[int], bool] = lambda step: False
     log_every: int = 20
@@ -148,7 +151,11 @@ class Trainer:
     state: dict[str, Any] = field(default_factory=dict)
 
     def fit(self) -> None:
-        """Run all steps that are left, and save the last."""
+        """Run all steps that are left, and save the last.
+
+        Raises:
+            Preempted: a signal asked for it; a checkpoint of the last step is there.
+        """
         plan, total = self.plan, self.plan.total_steps
         if self.start_step == 0:
             self.evaluate(0)
@@ -205,8 +212,11 @@ class Trainer:
                 window_start, waited, window_steps = time.perf_counter(), 0.0, 0
             pause = time.perf_counter()
             self.evaluate(done)
-            if self.save_due(done) or done == total:
+            stopping = self.stop.agreed(self.accelerator.device)
+            if self.save_due(done) or done == total or stopping:
                 self._save(done)
+            if stopping and done < total:
+                raise Preempted(done, self.stop.name())
             window_start += time.perf_counter() - pause
 
     def _seed(self, step: int) -> None:
