@@ -17,12 +17,11 @@ from ssl_vit.data.bad_samples import BadSamples
 from ssl_vit.data.loader import Pixels, TrainBatches
 from ssl_vit.encoders.base import Encoder
 from ssl_vit.evaluation.base import Evaluation, Subject
-from ssl_vit.export.card import write_card
-from ssl_vit.export.timm_folder import export_timm
 from ssl_vit.objectives.base import Objective
 from ssl_vit.recipe import EvaluationRecipe, Recipe, micro_batch
+from ssl_vit.report import finish, report
 from ssl_vit.training.checkpoint import Checkpoints, restore
-from ssl_vit.training.metrics import MetricsLog, read_metrics
+from ssl_vit.training.metrics import MetricsLog
 from ssl_vit.training.optim import build_optimizer
 from ssl_vit.training.run_folder import RunFolder, library_versions
 from ssl_vit.training.signals import StopRequest
@@ -57,8 +56,7 @@ def run(recipe: Recipe, resume: str = "auto") -> None:
     workers = build.default_workers() if recipe.run.workers is None else recipe.run.workers
 
     # processes, device, precision
-    torch.use_deterministic_algorithms(recipe.run.deterministic)
-    accelerator = open_accelerator(precision, num_ranks)
+    accelerator = open_accelerator(precision, num_ranks, recipe.run.deterministic)
     if accelerator.is_main_process:
         folder.open(recipe, {"num_processes": accelerator.num_processes, "micro_batch_size": micro, "workers": workers})
         folder.log_to_file()
@@ -125,7 +123,7 @@ def evaluate(recipe: EvaluationRecipe, resume: str = "auto") -> None:
     sets = build.open_sets(recipe.data)
     evaluations = build.build_evaluations(recipe.evals, labelled=sets.val is not None)
     workers = build.default_workers() if recipe.run.workers is None else recipe.run.workers
-    accelerator = open_accelerator(precision, int(os.environ.get("WORLD_SIZE", "1")))
+    accelerator = open_accelerator(precision, int(os.environ.get("WORLD_SIZE", "1")), recipe.run.deterministic)
     main = accelerator.is_main_process
     if main:
         folder.open(recipe, {"num_processes": accelerator.num_processes})
@@ -153,12 +151,15 @@ def evaluate(recipe: EvaluationRecipe, resume: str = "auto") -> None:
 # --------------------------------------------------------------------------------------------- pieces
 
 
-def open_accelerator(precision: str, num_ranks: int) -> Accelerator:
+def open_accelerator(precision: str, num_ranks: int, deterministic: bool) -> Accelerator:
     """Accelerate's view of processes and precision; the loader stays ours.
 
     Raises:
         InputError: accelerate joined another number of processes than the launcher started.
     """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+    torch.use_deterministic_algorithms(deterministic)
     config = DataLoaderConfiguration(dispatch_batches=False)
     accelerator = Accelerator(mixed_precision=precision, dataloader_config=config, step_scheduler_with_optimizer=False)
     if accelerator.num_processes != num_ranks:
@@ -253,43 +254,3 @@ def _value_at(recipe: Recipe, key: str) -> Any:
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     return value
-
-
-def finish(
-    recipe: Recipe, folder: RunFolder, objective: Objective, pixels: Pixels, plan: Plan, rule: str, bad: int
-) -> None:
-    """Export the encoder with its check, write result.json and the card, say where everything is."""
-    difference = export_timm(
-        objective.encoder, folder.path / "encoder", mean=pixels.mean, std=pixels.std, crop_pct=pixels.crop_pct,
-        interpolation=pixels.interpolation, metadata={"objective": recipe.objective["name"], "step": plan.total_steps},
-    )  # fmt: skip
-    lines = [line for line in read_metrics(folder.path / "metrics.jsonl") if "loss" not in line]
-    initial = {k: v for line in lines if line["step"] == 0 for k, v in line.items()}
-    final = {k: v for line in lines if line["step"] == plan.total_steps for k, v in line.items()}
-    result = {
-        "objective": recipe.objective["name"], "steps": plan.total_steps, "probe": rule, "bad_samples": bad,
-        "evaluations": {"initial": initial, "final": final}, "export_difference": difference,
-    }  # fmt: skip
-    folder.write_json("result.json", result)
-    write_card(folder.path, {"recipe": plain(recipe), "result": result, "encoder": "encoder"})
-    folder.status("finished", plan.total_steps, exit_code=0)
-    report(folder)
-
-
-def report(folder: RunFolder) -> None:
-    """Say what a finished run found and where its parts are."""
-    result = folder.read_json("result.json")
-    initial, final = result["evaluations"].get("initial", {}), result["evaluations"]["final"]
-    for name, value in final.items():
-        if name.endswith("/top1") or name == "rank/effective_rank":
-            error = final.get(name.replace("/top1", "/standard_error")) if name.endswith("/top1") else None
-            before = f"{initial[name]:.4f} -> " if name in initial else ""
-            logger.info("%-20s %s%.4f%s", name, before, value, f"  (standard error {error:.4f})" if error else "")
-    if (folder.path / "pictures").is_dir():
-        logger.info("pictures: %s", folder.path / "pictures")
-    if (folder.path / "encoder").is_dir():
-        encoder, difference = (folder.path / "encoder").resolve(), result["export_difference"]
-        logger.info("encoder: %s  (reloaded in timm, features differ by at most %.1e)", encoder, difference)
-        logger.info(
-            "load it with:\n  import timm\n  encoder = timm.create_model('local-dir:%s', pretrained=True)", encoder
-        )

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     {"config", "distributed"}, {"data", "encoders"}, {"modules"}, {"objectives"}, {"evaluation"}, {"training"},
-    {"export"}, {"recipe"}, {"build"}, {"run"}, {"cli"},
+    {"export"}, {"recipe"}, {"build"}, {"report"}, {"run"}, {"cli"},
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = sorted((ROOT / "ssl_vit").rglob("*.py"))
@@ -21,7 +21,7 @@ RAISED_FILES = {
     # the machinery of recipes is one idea: reading, checking, signatures, help
     "ssl_vit/config.py": 290,
     # the run on one screen, with the small pieces only it uses
-    "ssl_vit/run.py": 300,
+    "ssl_vit/run.py": 265,
     # the loop, with the arithmetic of its steps
     "ssl_vit/training/trainer.py": 265,
     # the published method reads in the order it computes

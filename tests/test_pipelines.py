@@ -76,6 +76,10 @@ def test_pretraining_through_accelerate_leaves_the_whole_folder(trained: Path) -
     assert {"knn/top1", "linear/top1", "linear/standard_error"} <= result["evaluations"]["final"].keys()
     assert result["evaluations"]["initial"]["knn/top1"] <= 1
     assert result["export_difference"] <= 1e-5
+    card = (trained / "README.md").read_text()
+    assert f'timm.create_model("local-dir:{trained / "encoder"}", pretrained=True)' in card
+    assert f"-> {result['evaluations']['final']['knn/top1']:.4f} |" in card
+    assert "mask_ratio: 0.75" in card
 
 
 @pytest.mark.parametrize("name", ["linear_probe", "knn"])

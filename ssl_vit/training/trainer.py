@@ -205,6 +205,7 @@ class Trainer:
                         "images_per_second": window_steps * plan.optim.batch_size / elapsed,
                         "data_wait": waited / elapsed,
                         "samples_seen": done * plan.optim.batch_size,
+                        **self._memory(),
                     }
                 )
                 if values["loss"] != values["loss"]:
@@ -249,6 +250,11 @@ class Trainer:
         stacked = torch.stack([value.detach().float() for value in values.values()])
         means = distributed.all_sum(stacked) / distributed.world_size()
         return dict(zip(values, means.tolist(), strict=True))
+
+    def _memory(self) -> dict[str, int]:
+        """Largest bytes allocated on a GPU since the run began; nothing on a CPU."""
+        cuda = self.accelerator.device.type == "cuda"
+        return {"memory": torch.cuda.max_memory_allocated(self.accelerator.device)} if cuda else {}
 
     def _save(self, step: int) -> None:
         if distributed.is_main():

@@ -1,0 +1,78 @@
+"""What a finished run hands over: the exported encoder, result.json, the model card, and the words that say so."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from ssl_vit.config import to_yaml
+from ssl_vit.data.loader import Pixels
+from ssl_vit.export.card import write_card
+from ssl_vit.export.timm_folder import export_timm
+from ssl_vit.objectives.base import Objective
+from ssl_vit.recipe import Recipe
+from ssl_vit.training.metrics import read_metrics
+from ssl_vit.training.run_folder import RunFolder
+from ssl_vit.training.trainer import Plan
+
+logger = logging.getLogger(__name__)
+
+
+def finish(
+    recipe: Recipe, folder: RunFolder, objective: Objective, pixels: Pixels, plan: Plan, rule: str, bad: int
+) -> None:
+    """Export the encoder with its check, write result.json and the card, say where everything is."""
+    difference = export_timm(
+        objective.encoder, folder.path / "encoder", mean=pixels.mean, std=pixels.std, crop_pct=pixels.crop_pct,
+        interpolation=pixels.interpolation, metadata={"objective": recipe.objective["name"], "step": plan.total_steps},
+    )  # fmt: skip
+    lines = [line for line in read_metrics(folder.path / "metrics.jsonl") if "loss" not in line]
+    initial = {k: v for line in lines if line["step"] == 0 for k, v in line.items()}
+    final = {k: v for line in lines if line["step"] == plan.total_steps for k, v in line.items()}
+    result = {
+        "objective": recipe.objective["name"], "steps": plan.total_steps, "probe": rule, "bad_samples": bad,
+        "evaluations": {"initial": initial, "final": final}, "export_difference": difference,
+    }  # fmt: skip
+    folder.write_json("result.json", result)
+    write_card(folder.path, card_facts(recipe, folder, plan, result, pixels))
+    folder.status("finished", plan.total_steps, exit_code=0)
+    report(folder)
+
+
+def card_facts(recipe: Recipe, folder: RunFolder, plan: Plan, result: dict[str, Any], pixels: Pixels) -> dict[str, Any]:
+    """What the model card says."""
+    initial, final = result["evaluations"]["initial"], result["evaluations"]["final"]
+    shown = [name for name in final if name.endswith(("/top1", "/effective_rank"))]
+    encoder = {key: value for key, value in recipe.encoder.items() if value is not None}
+    data = {
+        "train": recipe.data.train,
+        "val": recipe.data.val,
+        "images seen": plan.total_steps * recipe.optim.batch_size,
+    }
+    return {
+        "path": folder.path / "encoder",
+        "encoder": encoder,
+        "data": {**data, "mean": pixels.mean, "std": pixels.std, "crop_pct": pixels.crop_pct},
+        "results": {"scored": result["probe"]}
+        | {n: f"{initial.get(n, float('nan')):.4f} -> {final[n]:.4f}" for n in shown},
+        "recipe": to_yaml(recipe),
+    }
+
+
+def report(folder: RunFolder) -> None:
+    """Say what a finished run found and where its parts are."""
+    result = folder.read_json("result.json")
+    initial, final = result["evaluations"].get("initial", {}), result["evaluations"]["final"]
+    for name, value in final.items():
+        if name.endswith("/top1") or name == "rank/effective_rank":
+            error = final.get(name.replace("/top1", "/standard_error")) if name.endswith("/top1") else None
+            before = f"{initial[name]:.4f} -> " if name in initial else ""
+            logger.info("%-20s %s%.4f%s", name, before, value, f"  (standard error {error:.4f})" if error else "")
+    if (folder.path / "pictures").is_dir():
+        logger.info("pictures: %s", folder.path / "pictures")
+    if (folder.path / "encoder").is_dir():
+        encoder, difference = (folder.path / "encoder").resolve(), result["export_difference"]
+        logger.info("encoder: %s  (reloaded in timm, features differ by at most %.1e)", encoder, difference)
+        logger.info(
+            "load it with:\n  import timm\n  encoder = timm.create_model('local-dir:%s', pretrained=True)", encoder
+        )
