@@ -197,6 +197,8 @@ def _failed(values: dict[str, Any], exit_code: int, message: str) -> None:
     if not isinstance(folder, str):
         return
     target = RunFolder(folder)
+    if not target.writable():
+        return
     if target.belongs_to_no_run() or target.read_status().get("state") == "running":
         target.status("failed", target.read_status().get("step", 0), exit_code, message)
 

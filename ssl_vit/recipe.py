@@ -179,6 +179,8 @@ def check_recipe(recipe: RecipeT) -> RecipeT:
         if not recipe.data.train:
             raise InputError("data.train: is required; give it as data.train=folder:/my/images or a folder of shards")
         micro_batch(recipe.optim.batch_size, recipe.run.micro_batch_size, 1)
+        _above_zero("run.save_every", recipe.run.save_every)
+        _above_zero("run.keep_every", recipe.run.keep_every)
     chans = recipe.encoder.get("in_chans", 3)
     for key in ("mean", "std"):
         numbers = getattr(recipe.data, key)
@@ -187,6 +189,11 @@ def check_recipe(recipe: RecipeT) -> RecipeT:
     if recipe.data.std is not None and min(recipe.data.std) <= 0:
         raise InputError(f"data.std={recipe.data.std}: should be above 0")
     return recipe
+
+
+def _above_zero(key: str, period: Duration | None) -> None:
+    if period is not None and period.value <= 0:
+        raise InputError(f"{key}={period}: should be above 0, e.g. 1 (an epoch) or '500 steps'")
 
 
 def _complete_evaluation(name: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -198,6 +205,7 @@ def _complete_evaluation(name: str, values: dict[str, Any]) -> dict[str, Any]:
             every = Duration.parse(every)
         except ValueError as error:
             raise InputError(f"evals.{name}.every={every!r}: {error}") from None
+        _above_zero(f"evals.{name}.every", every)
     return {"every": every, **open_section(evaluation_class(name), rest, f"evals.{name}")}
 
 

@@ -8,6 +8,7 @@ import logging
 import os
 import platform
 import sys
+import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -47,6 +48,8 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"run.dir={self.path}: is a file; give the path of a folder")
+        if not self.writable():
+            raise InputError(f"run.dir={self.path}: cannot be written; give a folder below one that you may write to")
         if resume not in ("auto", "never"):
             folder = Path(resume)
             if folder.name == "latest" and folder.is_file():
@@ -109,6 +112,18 @@ class RunFolder:
         """``RUN/name``, empty if it is not there."""
         file = self.path / name
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+    def writable(self) -> bool:
+        """Whether the folder can be made and written; nothing is left behind."""
+        place = self.path.absolute()
+        while not place.exists():
+            place = place.parent
+        try:
+            # asking the system is not enough: root may write anywhere, and still not on a read-only disk
+            with tempfile.TemporaryFile(dir=place):
+                return True
+        except OSError:
+            return False
 
     def belongs_to_no_run(self) -> bool:
         """Whether a failed start may leave its status here without touching a run's."""
