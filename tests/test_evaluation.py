@@ -192,9 +192,9 @@ def test_each_evaluation_gives_sane_numbers(images: Path) -> None:
 
 def test_rank_of_a_collapsed_encoder_is_one(images: Path) -> None:
     judged = subject(images)
-    judged._features["images"] = (torch.ones(50, 48), torch.zeros(50))
+    judged._features[id(judged.images)] = (torch.ones(50, 48), torch.zeros(50))
     assert Rank()(judged)["effective_rank"] == pytest.approx(1.0, abs=1e-3)
-    judged._features["images"] = (torch.eye(48), torch.zeros(48))
+    judged._features[id(judged.images)] = (torch.eye(48), torch.zeros(48))
     assert Rank()(judged)["effective_rank"] == pytest.approx(48.0, rel=1e-3)
 
 

@@ -99,7 +99,7 @@ class Subject:
     step: int = 0
     picture: Callable[[str, np.ndarray], None] = lambda name, image: None
     on_bad: Callable[[list[BadReport]], None] = lambda reports: None
-    _features: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _features: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def features(self, part: str) -> tuple[Tensor, Tensor]:
         """Pooled features float32 (n, D) and labels int64 (n,) of ``"probe"``, ``"val"`` or ``"images"``.
@@ -109,9 +109,10 @@ class Subject:
         """
         from ssl_vit.evaluation.features import extract
 
-        if part not in self._features:
-            self._features[part] = extract(self, self.subset(part))
-        return self._features[part]
+        subset = self.subset(part)
+        if id(subset) not in self._features:  # one set may play two parts
+            self._features[id(subset)] = extract(self, subset)
+        return self._features[id(subset)]
 
     def subset(self, part: str) -> Subset:
         """The samples of ``"probe"``, ``"val"`` or ``"images"``."""
