@@ -21,7 +21,7 @@ from ssl_vit.encoders.base import Encoder, create_encoder
 from ssl_vit.encoders.weights import encoder_config, fill_encoder, fill_objective
 from ssl_vit.evaluation.base import Evaluation, Subset, split_by_key
 from ssl_vit.objectives.base import Objective
-from ssl_vit.recipe import DataSection, EvaluationRecipe, Recipe, evaluation_class, objective_class
+from ssl_vit.recipe import DataSection, EvaluationRecipe, Recipe, RunSection, evaluation_class, objective_class
 
 logger = logging.getLogger(__name__)
 
@@ -46,14 +46,18 @@ def build_encoder(section: dict[str, Any]) -> Encoder:
     return constructed("encoder", lambda: create_encoder(**arguments))
 
 
+def _fill_from_init(encoder: Encoder, section: dict[str, Any]) -> None:
+    if section.get("init"):
+        logger.info("encoder.init: %s", fill_encoder(encoder, Path(section["init"])))
+
+
 def build_objective(recipe: Recipe) -> Objective:
     """The objective at its published initialisation, then filled from ``encoder.init`` and ``objective.init``."""
     torch.manual_seed(recipe.seed)
     encoder = build_encoder(recipe.encoder)
     arguments = {key: value for key, value in recipe.objective.items() if key not in ("name", "init")}
     objective = constructed("objective", lambda: objective_class(recipe)(encoder, **arguments))
-    if recipe.encoder.get("init"):
-        logger.info("encoder.init: %s", fill_encoder(objective.encoder, Path(recipe.encoder["init"])))
+    _fill_from_init(objective.encoder, recipe.encoder)
     if recipe.objective.get("init"):
         logger.info("objective.init: %s", fill_objective(objective, Path(recipe.objective["init"])))
     return objective
@@ -63,8 +67,7 @@ def build_frozen(recipe: EvaluationRecipe) -> Objective:
     """An encoder that is only measured: from ``encoder.init``, else at its architecture's initialisation."""
     torch.manual_seed(recipe.seed)
     objective = Objective(build_encoder(recipe.encoder))
-    if recipe.encoder.get("init"):
-        logger.info("encoder.init: %s", fill_encoder(objective.encoder, Path(recipe.encoder["init"])))
+    _fill_from_init(objective.encoder, recipe.encoder)
     return objective.requires_grad_(False).eval()
 
 
@@ -187,7 +190,9 @@ def build_evaluations(evals: dict[str, Any], labelled: bool) -> dict[str, Evalua
     return built
 
 
-def default_workers() -> int:
-    """Loader processes a device: the cores of this process shared by the processes of this machine."""
+def loader_workers(run: RunSection) -> int:
+    """Loader processes a device: as the recipe says, else the cores of this process shared by those of this machine."""
+    if run.workers is not None:
+        return run.workers
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, min(len(os.sched_getaffinity(0)) // local, MOST_WORKERS))

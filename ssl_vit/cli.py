@@ -91,7 +91,6 @@ def pretrain(doc: str | None, pipeline: str, objective: str, default: str, image
         return images if any(word.lstrip("-").startswith("data.train=") for word in words) else default
 
     def start(recipe: Recipe, resume: str) -> None:
-        from ssl_vit import distributed
         from ssl_vit.run import run
         from ssl_vit.training.signals import Preempted
 
@@ -99,8 +98,6 @@ def pretrain(doc: str | None, pipeline: str, objective: str, default: str, image
             run(recipe, resume)
         except Preempted as stop:
             _preempted(recipe.run.dir, stop.step, str(stop))
-        finally:
-            distributed.shutdown()
 
     def guard(values: dict[str, Any]) -> None:
         name = (values.get("objective") or {}).get("name")
@@ -123,13 +120,9 @@ def evaluate(doc: str | None, pipeline: str, default: str) -> None:
     from ssl_vit.recipe import EvaluationRecipe
 
     def start(recipe: EvaluationRecipe, resume: str) -> None:
-        from ssl_vit import distributed
         from ssl_vit.run import evaluate
 
-        try:
-            evaluate(recipe, resume)
-        finally:
-            distributed.shutdown()
+        evaluate(recipe, resume)
 
     _door(doc, pipeline, EvaluationRecipe, lambda words: default, lambda values: None, start)
 
@@ -166,13 +159,22 @@ def _door(
         _prepare()
         if not arguments.files:
             logging.getLogger("ssl_vit").info("no --config: %s", files[0])
-        start(recipe, arguments.resume)
+        _start(start, recipe, arguments.resume)
     except InputError as error:
         _failed(values, EXIT_BAD_INPUT, str(error))
         _refuse(error)
     except Exception as error:
         _failed(values, 1, f"{type(error).__name__}: {error}")
         raise
+
+
+def _start(start: Callable[[Any, str], None], recipe: Any, resume: str) -> None:
+    from ssl_vit import distributed
+
+    try:
+        start(recipe, resume)
+    finally:
+        distributed.shutdown()
 
 
 def _find(file: Path, configs: Path) -> Path:

@@ -53,7 +53,7 @@ def run(recipe: Recipe, resume: str = "auto") -> None:
     evaluations = build.build_evaluations(recipe.evals, labelled=sets.val is not None)
     optimizer = build_optimizer(objective, recipe.optim)
     start_step = restore(checkpoint, objective, optimizer, sets.fingerprint) if checkpoint else 0
-    workers = build.default_workers() if recipe.run.workers is None else recipe.run.workers
+    workers = build.loader_workers(recipe.run)
 
     # processes, device, precision
     accelerator = open_accelerator(precision, num_ranks, recipe.run.deterministic)
@@ -70,9 +70,7 @@ def run(recipe: Recipe, resume: str = "auto") -> None:
     log = MetricsLog(folder.path, kept, plan.total_steps, recipe.run.tensorboard, accelerator.is_main_process)
     log.config(to_yaml(recipe))
     bad = BadSamples(folder.path / "bad_samples.jsonl", recipe.data.max_bad_fraction)
-    subject = subject_of(recipe, objective, wrapped, pixels, sets, accelerator.device, workers)
-    subject.on_bad = bad
-    subject.picture = lambda name, image: log.picture(subject.step, name, image)
+    subject = subject_of(recipe, objective, wrapped, pixels, sets, accelerator.device, workers, log, bad)
 
     # train
     stop = StopRequest()
@@ -122,7 +120,7 @@ def evaluate(recipe: EvaluationRecipe, resume: str = "auto") -> None:
     objective = build.build_frozen(recipe)
     sets = build.open_sets(recipe.data)
     evaluations = build.build_evaluations(recipe.evals, labelled=sets.val is not None)
-    workers = build.default_workers() if recipe.run.workers is None else recipe.run.workers
+    workers = build.loader_workers(recipe.run)
     accelerator = open_accelerator(precision, int(os.environ.get("WORLD_SIZE", "1")), recipe.run.deterministic)
     main = accelerator.is_main_process
     if main:
@@ -132,9 +130,7 @@ def evaluate(recipe: EvaluationRecipe, resume: str = "auto") -> None:
     objective.to(accelerator.device)
     log = MetricsLog(folder.path, -1, 0, recipe.run.tensorboard, main)
     bad = BadSamples(folder.path / "bad_samples.jsonl", 1.0)
-    subject = subject_of(recipe, objective, objective, pixels, sets, accelerator.device, workers)
-    subject.on_bad = bad
-    subject.picture = lambda name, image: log.picture(0, name, image)
+    subject = subject_of(recipe, objective, objective, pixels, sets, accelerator.device, workers, log, bad)
     with accelerator.autocast():
         results = measure(subject, evaluations)
     log.evaluation(0, results)
@@ -178,13 +174,17 @@ def subject_of(
     sets: build.Sets,
     device: torch.device,
     workers: int,
+    log: MetricsLog,
+    bad: BadSamples,
 ) -> Subject:
-    """What evaluations judge."""
+    """What evaluations judge, its pictures going to the log and its bad samples to their file."""
     encoder: Encoder = objective.encoder
-    return Subject(
+    subject = Subject(
         wrapped, encoder.pool, encoder.img_size, pixels, device, sets.images, sets.probe, sets.val,
-        seed=recipe.seed, batch_size=recipe.run.eval_batch_size, workers=workers,
+        seed=recipe.seed, batch_size=recipe.run.eval_batch_size, workers=workers, on_bad=bad,
     )  # fmt: skip
+    subject.picture = lambda name, image: log.picture(subject.step, name, image)
+    return subject
 
 
 def evaluate_when_due(
