@@ -92,12 +92,8 @@ def pretrain(doc: str | None, pipeline: str, objective: str, default: str, image
 
     def start(recipe: Recipe, resume: str) -> None:
         from ssl_vit.run import run
-        from ssl_vit.training.signals import Preempted
 
-        try:
-            run(recipe, resume)
-        except Preempted as stop:
-            _preempted(recipe.run.dir, stop.step, str(stop))
+        run(recipe, resume)
 
     def guard(values: dict[str, Any]) -> None:
         name = (values.get("objective") or {}).get("name")
@@ -161,7 +157,8 @@ def _door(
             logging.getLogger("ssl_vit").info("no --config: %s", files[0])
         _start(start, recipe, arguments.resume)
     except InputError as error:
-        _failed(values, EXIT_BAD_INPUT, str(error))
+        if not error.untouched:
+            _failed(values, EXIT_BAD_INPUT, str(error))
         _refuse(error)
     except Exception as error:
         _failed(values, 1, f"{type(error).__name__}: {error}")
@@ -170,9 +167,13 @@ def _door(
 
 def _start(start: Callable[[Any, str], None], recipe: Any, resume: str) -> None:
     from ssl_vit import distributed
+    from ssl_vit.training.signals import Preempted
 
     try:
         start(recipe, resume)
+        distributed.barrier()  # a process that leaves early takes down those that still talk to it
+    except Preempted as stop:
+        _preempted(recipe.run.dir, stop)
     finally:
         distributed.shutdown()
 
@@ -205,13 +206,16 @@ def _failed(values: dict[str, Any], exit_code: int, message: str) -> None:
         target.status("failed", target.read_status().get("step", 0), exit_code, message)
 
 
-def _preempted(folder: str, step: int, message: str) -> NoReturn:
+def _preempted(folder: str, stop: Any) -> NoReturn:
     from ssl_vit import distributed
     from ssl_vit.training.run_folder import RunFolder
 
     if distributed.is_main():
-        RunFolder(folder).status("preempted", step, EXIT_RESUMABLE, message)
-        print(message, file=sys.stderr)
+        RunFolder(folder).status("preempted", stop.step, EXIT_RESUMABLE, str(stop))
+        print(stop, file=sys.stderr)
+    if stop.together:
+        # a launcher kills the other processes as soon as one ends: only when the status is written
+        distributed.barrier()
     sys.exit(EXIT_RESUMABLE)
 
 

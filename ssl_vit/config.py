@@ -26,6 +26,9 @@ EXIT_RESUMABLE = 75
 class InputError(ValueError):
     """A mistake of the user: the message says what, where, what is allowed and how to cure it. Exit code 2."""
 
+    untouched = False
+    """Whether even the status of the run's folder must stay as it is."""
+
 
 class Section(BaseModel):
     """One section of a recipe: unknown keys are errors."""

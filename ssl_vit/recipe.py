@@ -76,8 +76,10 @@ class RunSection(Section):
         save_every: time between two checkpoints
         keep_last: checkpoints kept
         keep_every: checkpoints at multiples of this are never deleted
+        keep_best: a measured number, e.g. knn/top1; the checkpoint with its highest value is saved and never deleted
         tensorboard: write RUN/tensorboard
         deterministic: deterministic kernels, for bit-for-bit resume on a GPU
+        log_samples: write the names of the samples of each step into RUN/samples/, one file a process
     """
 
     dir: str = "runs/default"
@@ -88,8 +90,10 @@ class RunSection(Section):
     save_every: DurationField = Duration(1, "epochs")
     keep_last: int = Field(default=2, ge=1)
     keep_every: DurationField | None = None
+    keep_best: str | None = None
     tensorboard: bool = True
     deterministic: bool = False
+    log_samples: bool = False
 
 
 class Recipe(Section):

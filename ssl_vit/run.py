@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import logging
-import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate import Accelerator
 
 from ssl_vit import build
-from ssl_vit.config import InputError, plain, to_yaml
+from ssl_vit.config import plain, to_yaml
 from ssl_vit.data.bad_samples import BadSamples
 from ssl_vit.data.loader import Pixels, TrainBatches
 from ssl_vit.encoders.base import Encoder
 from ssl_vit.evaluation.base import Evaluation, Subject
-from ssl_vit.objectives.base import Objective
 from ssl_vit.recipe import EvaluationRecipe, Recipe, micro_batch
 from ssl_vit.report import finish, report
-from ssl_vit.training.checkpoint import Checkpoints, restore
-from ssl_vit.training.metrics import MetricsLog
-from ssl_vit.training.optim import build_optimizer
+from ssl_vit.training.checkpoint import Checkpoints, read_checkpoint
+from ssl_vit.training.launch import KINDS, Launch
+from ssl_vit.training.metrics import MetricsLog, truncate_metrics
 from ssl_vit.training.run_folder import RunFolder, library_versions
-from ssl_vit.training.signals import StopRequest
+from ssl_vit.training.signals import Interrupted, Preempted, StopRequest
+from ssl_vit.training.skips import Skips
 from ssl_vit.training.trainer import Plan, Trainer
 
 logger = logging.getLogger(__name__)
@@ -35,140 +36,156 @@ def run(recipe: Recipe, resume: str = "auto") -> None:
 
     Everything a user can have got wrong is found before a process group starts.
     """
-    # what a user can have got wrong
-    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    micro = micro_batch(recipe.optim.batch_size, recipe.run.micro_batch_size, num_ranks)
-    pixels = build.resolve_pixels(recipe.data, recipe.encoder)
-    precision = build.resolve_precision(recipe)
-    folder = RunFolder(recipe.run.dir)
-    checkpoint = folder.resume_point(plain(recipe), resume)
-    if folder.finished():
-        logger.info("run.dir=%s: this run is finished; nothing to do", folder.path)
-        return report(folder)
-    objective = build.build_objective(recipe)
-    sets = build.open_sets(recipe.data)
-    stream = sets.stream(recipe)
-    plan = Plan(recipe.optim, stream.epoch_size, micro, num_ranks)
-    plan.check()
-    evaluations = build.build_evaluations(recipe.evals, labelled=sets.val is not None)
-    optimizer = build_optimizer(objective, recipe.optim)
-    start_step = restore(checkpoint, objective, optimizer, sets.fingerprint) if checkpoint else 0
-    workers = build.loader_workers(recipe.run)
+    with StopRequest() as stop:
+        # what a user can have got wrong
+        launch = Launch.asked_for()
+        micro = micro_batch(recipe.optim.batch_size, recipe.run.micro_batch_size, launch.num_ranks)
+        pixels = build.resolve_pixels(recipe.data, recipe.encoder)
+        precision = build.resolve_precision(recipe)
+        deepspeed = launch.deepspeed_config(precision, recipe.optim, micro) if launch.kind == "zero" else None
+        folder = RunFolder(recipe.run.dir)
+        folder.check_resume(plain(recipe), resume)
+        if folder.finished():
+            logger.info("run.dir=%s: this run is finished; nothing to do", folder.path)
+            return report(folder)
+        folder.lock()
+        objective = build.build_objective(recipe)
+        launch.check(objective)
+        sets = build.open_sets(recipe.data)
+        stream = sets.stream(recipe)
+        plan = Plan(recipe.optim, stream.epoch_size, micro, launch.num_ranks)
+        plan.check()
+        evaluations = build.build_evaluations(recipe.evals, labelled=sets.val is not None)
+        saved = folder.restore(resume, objective, sets.fingerprint)
+        state: dict[str, Any] = saved.state if saved else {"data": sets.fingerprint}
+        start_step = saved.step if saved else 0
+        workers = build.loader_workers(recipe.run)
 
-    # processes, device, precision
-    accelerator = open_accelerator(precision, num_ranks, recipe.run.deterministic)
-    if accelerator.is_main_process:
-        folder.open(recipe, {"num_processes": accelerator.num_processes, "micro_batch_size": micro, "workers": workers})
-        folder.log_to_file()
-        folder.status("running", start_step)
-    announce(recipe, plan, sets, accelerator, start_step, workers, objective.level_c)
-    wrapped, optimizer = accelerator.prepare(objective, optimizer)
+        # processes, device, precision
+        accelerator = launch.open(precision, recipe.run.deterministic, deepspeed)
+        main = accelerator.is_main_process
+        if main:
+            folder.open(recipe, {**launch.facts(), "micro_batch_size": micro, "workers": workers})
+            folder.log_to_file()
+            folder.status("running", start_step)
+        announce(recipe, plan, sets, accelerator, launch, start_step, workers, objective.level_c)
+        strategy = KINDS[launch.kind](accelerator, objective, recipe.optim, plan.accumulation)
+        if saved:
+            strategy.load(None, saved.optimizer)
+        encoder = objective.encoder
 
-    # where numbers, pictures and checkpoints go
-    # a run that starts over evaluates step 0 again, so that line must go too
-    kept = start_step or -1
-    log = MetricsLog(folder.path, kept, plan.total_steps, recipe.run.tensorboard, accelerator.is_main_process)
-    log.config(to_yaml(recipe))
-    bad = BadSamples(folder.path / "bad_samples.jsonl", recipe.data.max_bad_fraction)
-    subject = subject_of(recipe, objective, wrapped, pixels, sets, accelerator.device, workers, log, bad)
+        # where numbers, pictures and checkpoints go
+        # a run that starts over evaluates step 0 again, so that line must go too
+        kept = start_step if state.get("evaluated") or start_step else -1
+        log = MetricsLog(folder.path, kept, plan.total_steps, recipe.run.tensorboard, main)
+        log.config(to_yaml(recipe))
+        bad = BadSamples(folder.path / "bad_samples.jsonl", recipe.data.max_bad_fraction)
+        subject = subject_of(recipe, encoder, strategy.wrapped, pixels, sets, accelerator.device, workers, log, bad)
+        subject.pause_point = lambda: stop.check(accelerator.device)
+        batches = TrainBatches(
+            sets.train, stream, objective.views(encoder.img_size), pixels, recipe.seed, recipe.optim.batch_size, micro,
+            accelerator.process_index, accelerator.num_processes, recipe.data.bad_samples,
+        )  # fmt: skip
+        skips = Skips(
+            folder.path / "bad_batches.jsonl", recipe.optim.max_skips, batches.names_of_step,
+            state.get("skipped", []), set(state.get("barred", [])), main,
+        )  # fmt: skip
+        if main:
+            truncate_metrics(skips.path, start_step)
 
-    # train
-    stop = StopRequest()
-    trainer = Trainer(
-        accelerator,
-        wrapped,
-        objective,
-        optimizer,
-        TrainBatches(
-            sets.train, stream, objective.views(objective.encoder.img_size), pixels, recipe.seed,
-            recipe.optim.batch_size, micro, accelerator.process_index, accelerator.num_processes,
-            recipe.data.bad_samples,
-        ),
-        pixels,
-        plan,
-        recipe.seed,
-        log,
-        Checkpoints(folder.checkpoints, recipe.run.keep_last, plan.ends(recipe.run.keep_every)),
-        evaluate=evaluate_when_due(recipe, evaluations, plan, subject, log),
-        on_bad=bad,
-        stop=stop,
-        start_step=start_step,
-        save_due=plan.ends(recipe.run.save_every),
-        log_every=recipe.run.log_every,
-        workers=workers,
-        state={"data": sets.fingerprint},
-    )  # fmt: skip
-    with stop:
+        # train
+        always = plan.ends(recipe.run.keep_every)
+        trainer = Trainer(
+            strategy, batches, pixels, plan, recipe.seed, log,
+            Checkpoints(
+                folder.checkpoints, recipe.run.keep_last, lambda s: always(s) or s == state.get("best", {}).get("step")
+            ),
+            evaluate=evaluate_when_due(recipe, evaluations, plan, subject, log),
+            on_bad=bad, stop=stop, skips=skips, start_step=start_step, evaluated=state.get("evaluated", False),
+            save_due=plan.ends(recipe.run.save_every), keep_best=recipe.run.keep_best, log_every=recipe.run.log_every,
+            workers=workers, state=state,
+            on_samples=sample_log(folder.path / "samples", batches, start_step) if recipe.run.log_samples else None,
+        )  # fmt: skip
+        stop.waits = True
         trainer.fit()
-    log.close()
+        stop.waits, stop.step = False, plan.total_steps
+        log.close()
 
-    # hand over
-    if accelerator.is_main_process:
-        finish(recipe, folder, objective, pixels, plan, sets.rule, bad.count)
-        folder.close_log()
+        # hand over
+        if main:
+            if strategy.gathers:  # parts cannot be exported: what was saved can
+                objective = build.build_objective(recipe)
+                read_checkpoint(trainer.checkpoints.path(plan.total_steps)).fill(
+                    objective, folder.path, sets.fingerprint
+                )
+            finish(recipe, folder, objective, pixels, plan, sets.rule, bad.count)
+            folder.close_log()
 
 
 def evaluate(recipe: EvaluationRecipe, resume: str = "auto") -> None:
     """Measure an encoder as it is: all of ``evals`` once, into the run's folder."""
-    folder = RunFolder(recipe.run.dir)
-    pixels = build.resolve_pixels(recipe.data, recipe.encoder)
-    precision = build.resolve_precision(recipe)
-    folder.resume_point(plain(recipe), resume)
-    if folder.finished():
-        logger.info("run.dir=%s: this evaluation is finished; nothing to do", folder.path)
-        return report(folder)
-    objective = build.build_frozen(recipe)
-    sets = build.open_sets(recipe.data)
-    evaluations = build.build_evaluations(recipe.evals, labelled=sets.val is not None)
-    workers = build.loader_workers(recipe.run)
-    accelerator = open_accelerator(precision, int(os.environ.get("WORLD_SIZE", "1")), recipe.run.deterministic)
-    main = accelerator.is_main_process
-    if main:
-        folder.open(recipe, {"num_processes": accelerator.num_processes})
-        folder.log_to_file()
-        folder.status("running")
-    objective.to(accelerator.device)
-    log = MetricsLog(folder.path, -1, 0, recipe.run.tensorboard, main)
-    bad = BadSamples(folder.path / "bad_samples.jsonl", 1.0)
-    subject = subject_of(recipe, objective, objective, pixels, sets, accelerator.device, workers, log, bad)
-    with accelerator.autocast():
-        results = measure(subject, evaluations)
-    log.evaluation(0, results)
-    log.close()
-    if main:
-        folder.write_json(
-            "result.json", {"evaluations": {"final": results}, "probe": sets.rule, "bad_samples": bad.count}
-        )
-        folder.status("finished", exit_code=0)
-        report(folder)
-        folder.close_log()
+    with StopRequest() as stop:
+        launch = Launch.asked_for().replicated()
+        folder = RunFolder(recipe.run.dir)
+        pixels = build.resolve_pixels(recipe.data, recipe.encoder)
+        precision = build.resolve_precision(recipe)
+        folder.check_resume(plain(recipe), resume)
+        if folder.finished():
+            logger.info("run.dir=%s: this evaluation is finished; nothing to do", folder.path)
+            return report(folder)
+        folder.lock()
+        objective = build.build_frozen(recipe)
+        sets = build.open_sets(recipe.data)
+        evaluations = build.build_evaluations(recipe.evals, labelled=sets.val is not None)
+        workers = build.loader_workers(recipe.run)
+        accelerator = launch.open(precision, recipe.run.deterministic)
+        main = accelerator.is_main_process
+        if main:
+            folder.open(recipe, launch.facts())
+            folder.log_to_file()
+            folder.status("running")
+        encoder = objective.to(accelerator.device).encoder
+        log = MetricsLog(folder.path, -1, 0, recipe.run.tensorboard, main)
+        bad = BadSamples(folder.path / "bad_samples.jsonl", 1.0)
+        subject = subject_of(recipe, encoder, objective, pixels, sets, accelerator.device, workers, log, bad)
+        subject.pause_point = lambda: stop.check(accelerator.device)
+        stop.waits = True
+        try:
+            with accelerator.autocast():
+                results = measure(subject, evaluations)
+        except Interrupted:
+            raise Preempted(0, None, stop.name()) from None
+        log.evaluation(0, results)
+        log.close()
+        if main:
+            folder.write_json(
+                "result.json", {"evaluations": {"final": results}, "probe": sets.rule, "bad_samples": bad.count}
+            )
+            folder.status("finished", exit_code=0)
+            report(folder)
+            folder.close_log()
 
 
 # --------------------------------------------------------------------------------------------- pieces
 
 
-def open_accelerator(precision: str, num_ranks: int, deterministic: bool) -> Accelerator:
-    """Accelerate's view of processes and precision; the loader stays ours.
+def sample_log(folder: Path, batches: TrainBatches, start_step: int) -> Callable[[int, list[int]], None]:
+    """A function that writes the names of the samples of each step, one file a process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"rank_{batches.rank}.jsonl"
+    truncate_metrics(path, start_step)
 
-    Raises:
-        InputError: accelerate joined another number of processes than the launcher started.
-    """
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-    torch.use_deterministic_algorithms(deterministic)
-    config = DataLoaderConfiguration(dispatch_batches=False)
-    accelerator = Accelerator(mixed_precision=precision, dataloader_config=config, step_scheduler_with_optimizer=False)
-    if accelerator.num_processes != num_ranks:
-        raise InputError(
-            f"the launcher started {num_ranks} processes, but each trains as one of {accelerator.num_processes}; "
-            "on CPUs set ACCELERATE_USE_CPU=true"
-        )
-    return accelerator
+    def write(step: int, positions: list[int]) -> None:
+        with open(path, "a", encoding="utf-8") as file:
+            line = {"step": step, "positions": positions, "samples": batches.names(positions)}
+            file.write(json.dumps(line) + "\n")
+
+    return write
 
 
 def subject_of(
     recipe: Recipe | EvaluationRecipe,
-    objective: Objective,
+    encoder: Encoder,
     wrapped: torch.nn.Module,
     pixels: Pixels,
     sets: build.Sets,
@@ -178,7 +195,6 @@ def subject_of(
     bad: BadSamples,
 ) -> Subject:
     """What evaluations judge, its pictures going to the log and its bad samples to their file."""
-    encoder: Encoder = objective.encoder
     subject = Subject(
         wrapped, encoder.pool, encoder.img_size, pixels, device, sets.images, sets.probe, sets.val,
         seed=recipe.seed, batch_size=recipe.run.eval_batch_size, workers=workers, on_bad=bad,
@@ -189,14 +205,15 @@ def subject_of(
 
 def evaluate_when_due(
     recipe: Recipe, evaluations: dict[str, Evaluation], plan: Plan, subject: Subject, log: MetricsLog
-) -> Callable[[int], None]:
+) -> Callable[[int], dict[str, float]]:
     """A function of the steps done: every evaluation at the start, at the end and at multiples of its ``every``."""
     ends = {name: plan.ends((recipe.evals[name] or {}).get("every")) for name in evaluations}
 
-    def evaluate_at(step: int) -> None:
+    def evaluate_at(step: int) -> dict[str, float]:
         due = {name: e for name, e in evaluations.items() if step in (0, plan.total_steps) or ends[name](step)}
-        if due:
-            log.evaluation(step, measure(subject.at(step), due))
+        results = measure(subject.at(step), due) if due else {}
+        log.evaluation(step, results)
+        return results
 
     return evaluate_at
 
@@ -205,6 +222,7 @@ def measure(subject: Subject, evaluations: dict[str, Evaluation]) -> dict[str, f
     """All numbers of some evaluations, named ``evaluation/number``, with the seconds each took."""
     results: dict[str, float] = {}
     for name, evaluation in evaluations.items():
+        subject.pause_point()
         start = time.monotonic()
         results |= {f"{name}/{key}": value for key, value in evaluation(subject).items()}
         results[f"{name}/seconds"] = round(time.monotonic() - start, 3)
@@ -216,6 +234,7 @@ def announce(
     plan: Plan,
     sets: build.Sets,
     accelerator: Accelerator,
+    launch: Launch,
     start_step: int,
     workers: int,
     level_c: tuple[str, ...],
@@ -229,16 +248,17 @@ def announce(
     logger.info("data: %s; an epoch is %d", images, plan.epoch_size)
     logger.info("evaluation: %s", sets.rule)
     logger.info(
-        "processes: %d (%s) on %s, precision %s, loader workers %d a process",
+        "processes: %d (%s, %s) on %s, precision %s, loader workers %d a process",
         accelerator.num_processes,
         accelerator.distributed_type.value,
+        launch.name(),
         accelerator.device,
-        accelerator.mixed_precision,
+        recipe.mixed_precision,
         workers,
     )
     logger.info("%s", plan.describe())
     loose = [key for key in level_c if _value_at(recipe, key)]
-    loose += ["mixed_precision"] if accelerator.mixed_precision != "no" else []
+    loose += ["mixed_precision"] if recipe.mixed_precision != "no" else []
     other = f"equal in distribution ({', '.join(loose)})" if loose else "equal to 1e-5"
     logger.info(
         "exactness: a resume is bit for bit with this code, machine, processes, micro-batch and threads, whatever the "

@@ -83,7 +83,7 @@ def test_a_killed_run_goes_on_bit_for_bit(images: Path, tmp_path: Path) -> None:
     assert "resumed after step" in message
     assert losses(broken) == losses(straight)
     assert [s for s, _ in losses(broken)] == list(range(1, 41)), "each step once"
-    final = [read_checkpoint(f / "checkpoints" / "step_00000040")[0] for f in (straight, broken)]
+    final = [read_checkpoint(f / "checkpoints" / "step_00000040").weights for f in (straight, broken)]
     assert all(torch.equal(final[0][name], final[1][name]) for name in final[0])
     ranks = [[v for v in read_metrics(f / "metrics.jsonl") if "rank/effective_rank" in v] for f in (straight, broken)]
     assert [v["step"] for v in ranks[1]] == [0, 5, 10, 15, 20, 25, 30, 35, 40]
@@ -185,16 +185,16 @@ def test_a_half_checkpoint_is_not_one(images: Path, tmp_path: Path) -> None:
     assert Checkpoints(folder / "checkpoints").newest() == folder / "checkpoints" / "step_00000004"
 
 
-def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
-    module = torch.nn.Linear(2, 2)
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+def test_weights_that_are_no_numbers_are_never_saved(tmp_path: Path) -> None:
+    """NaN, and the empty placeholders of sharded weights (B62)."""
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(1, module, optimizer, {})
-    with torch.no_grad():
-        module.weight[0, 0] = float("nan")
+    checkpoints.save(1, {"weight": torch.ones(2, 2)}, {}, {})
     with pytest.raises(FloatingPointError, match="weight"):
-        checkpoints.save(2, module, optimizer, {})
+        checkpoints.save(2, {"weight": torch.tensor([1.0, float("nan")])}, {}, {})
+    with pytest.raises(ValueError, match="empty tensors: weight"):
+        checkpoints.save(3, {"weight": torch.ones(0)}, {}, {})
     assert checkpoints.steps() == [1]
+    assert [f.name for f in tmp_path.iterdir() if f.name.startswith(".")] == []
 
 
 @pytest.mark.parametrize("clip", [None, 0.5])
@@ -220,9 +220,9 @@ def test_bf16_trains_in_full_precision_weights(images: Path, tmp_path: Path) -> 
     whole, half = ([loss for _, loss in found[precision]] for precision in ("no", "bf16"))
     assert half == pytest.approx(whole, rel=0.02)
     assert half != whole
-    weights, optimizer, _ = read_checkpoint(tmp_path / "bf16" / "checkpoints" / "step_00000008")
-    assert {t.dtype for t in weights.values()} == {torch.float32}
-    assert {state["exp_avg"].dtype for state in optimizer["state"].values()} == {torch.float32}
+    saved = read_checkpoint(tmp_path / "bf16" / "checkpoints" / "step_00000008")
+    assert {t.dtype for t in saved.weights.values()} == {torch.float32}
+    assert {state["exp_avg"].dtype for state in saved.optimizer.values()} == {torch.float32}
     values["run"] |= {"dir": str(tmp_path / "again")}
     process = start_process(
         values, tmp_path / "again", "--resume", str(tmp_path / "bf16" / "checkpoints" / "step_00000008")

@@ -7,7 +7,7 @@ workers nor prefetching can change what a step sees.
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,6 +101,15 @@ class TrainBatches(Dataset):
         step, micro = divmod(item, self.accumulation)
         mine = rank_positions(step, self.rank, self.num_ranks, self.batch_size, self.stream.num_lanes)
         return [int(p) for p in mine[micro * self.micro_batch_size : (micro + 1) * self.micro_batch_size]]
+
+    def names(self, positions: Iterable[int]) -> list[str]:
+        """What people call the samples at some positions."""
+        found = (self.stream.locate(position) for position in positions)
+        return [self.indexes[source].describe(sample) for source, sample in found]
+
+    def names_of_step(self, step: int) -> list[str]:
+        """The samples of the whole global batch of a step, counted from 1."""
+        return self.names(range((step - 1) * self.batch_size, step * self.batch_size))
 
     def __getitem__(self, item: int) -> tuple[Batch, list[BadReport]]:
         """Read, decode and view one micro-batch."""

@@ -83,6 +83,7 @@ class Subject:
         step: optimizer steps done.
         picture: called with a name and a uint8 (H, W, 3) picture.
         on_bad: called with the samples that did not decode.
+        pause_point: called by every process between batches and evaluations; may raise to leave them.
     """
 
     objective: nn.Module
@@ -99,6 +100,7 @@ class Subject:
     step: int = 0
     picture: Callable[[str, np.ndarray], None] = lambda name, image: None
     on_bad: Callable[[list[BadReport]], None] = lambda reports: None
+    pause_point: Callable[[], None] = lambda: None
     _features: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def features(self, part: str) -> tuple[Tensor, Tensor]:

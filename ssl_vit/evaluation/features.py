@@ -35,6 +35,7 @@ def extract(subject: Subject, subset: Subset) -> tuple[Tensor, Tensor]:
     subject.objective.eval()
     loader = iterate(batches, range(len(batches)), subject.workers)
     for _ in range(calls):
+        subject.pause_point()
         batch, reports = next(loader, ({}, []))
         if reports:
             subject.on_bad(reports)

@@ -42,7 +42,7 @@ class Objective(nn.Module):
         predict(batch)          evaluations, its output for each image; optional
         pictures(batch)         evaluations, {name: (B, C, H, W)} in the image's own scale; optional
         before_step(progress)   trainer    sets all that is scheduled
-        after_step()            trainer    EMA, centres
+        after_step(applied)     trainer    EMA, centres
         no_weight_decay()       optimizer  parameter names exempt beside biases and 1-D parameters
 
     Args:
@@ -83,8 +83,12 @@ class Objective(nn.Module):
     def before_step(self, progress: Progress) -> None:
         """Set whatever is scheduled, as a function of ``progress`` alone."""
 
-    def after_step(self) -> None:
-        """Update whatever is not a gradient's business, once for each optimizer step."""
+    def after_step(self, applied: Tensor) -> None:
+        """Update whatever is not a gradient's business, once for each optimizer step.
+
+        Args:
+            applied: scalar on the device, 1 if the optimizer made its step, 0 if it was skipped: then nothing may move.
+        """
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are not decayed, beside biases and 1-D parameters."""

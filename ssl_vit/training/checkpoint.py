@@ -8,22 +8,28 @@ Nothing random is saved: order, views, masks and the generators of a step are fu
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from ssl_vit.config import InputError
 
-FORMAT = 1
+logger = logging.getLogger(__name__)
+
+FORMAT = 2
+SPARE_BYTES = 64 * 2**20
+"""Left free on the disk for metrics, logs and pictures."""
 WEIGHTS, OPTIMIZER, STATE, MANIFEST = "objective.safetensors", "optimizer.pt", "state.json", "manifest.json"
 
 
@@ -37,10 +43,23 @@ def sync_write(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a crash."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def file_sha256(path: Path) -> str:
     """Hex digest of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Damaged(InputError):
+    """A file of a checkpoint is not as it was written."""
 
 
 @dataclass
@@ -66,33 +85,65 @@ class Checkpoints:
         """The folder of one step's checkpoint."""
         return self.folder / f"step_{step:08d}"
 
-    def save(self, step: int, objective: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Path:
+    def save(
+        self, step: int, weights: dict[str, Tensor], optimizer: dict[str, dict[str, Tensor]], state: dict[str, Any]
+    ) -> Path:
         """Write one checkpoint, point ``latest`` at it, then delete what is no longer kept.
+
+        Args:
+            step: steps done.
+            weights: every tensor of the objective, whole.
+            optimizer: parameter name -> state, whole.
+            state: plain values.
 
         Raises:
             FloatingPointError: a weight is not finite; nothing was written.
+            ValueError: a weight is empty, as the placeholders of sharded weights are; nothing was written.
+            OSError: the disk is full or failed; earlier checkpoints are as they were.
         """
-        weights = {name: tensor.detach().contiguous() for name, tensor in objective.state_dict().items()}
-        broken = [name for name, t in weights.items() if t.is_floating_point() and not t.isfinite().all()]
-        if broken:
-            raise FloatingPointError(f"step {step}: not saved, not finite: {', '.join(broken[:5])}")
+        check_tensors(weights, f"step {step}: not saved")
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._check_space(weights.values(), *(values.values() for values in optimizer.values()))
         temporary = self.folder / f".writing_{step:08d}"
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        save_file(weights, temporary / WEIGHTS)
-        torch.save(optimizer.state_dict(), temporary / OPTIMIZER)
-        sync_write(temporary / STATE, json.dumps({"format": FORMAT, "step": step, **state}, indent=1))
-        names = (WEIGHTS, OPTIMIZER, STATE)
-        for name in names:
-            with open(temporary / name, "rb+") as file:
-                os.fsync(file.fileno())
-        sync_write(temporary / MANIFEST, json.dumps({name: file_sha256(temporary / name) for name in names}, indent=1))
+        try:
+            self._write(temporary, step, weights, optimizer, state)
+        except OSError:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
         shutil.rmtree(self.path(step), ignore_errors=True)
         os.replace(temporary, self.path(step))
+        sync_folder(self.folder)
         sync_write(self.folder / "latest", self.path(step).name + "\n")
         self._prune(step)
         return self.path(step)
+
+    def _check_space(self, *groups: Iterable[Tensor]) -> None:
+        needed = sum(t.numel() * t.element_size() for group in groups for t in group) + SPARE_BYTES
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise OSError(
+                errno.ENOSPC, f"a checkpoint needs {needed / 2**20:.0f} MiB, {free / 2**20:.0f} are free", self.folder
+            )
+
+    def _write(
+        self,
+        folder: Path,
+        step: int,
+        weights: dict[str, Tensor],
+        optimizer: dict[str, dict[str, Tensor]],
+        state: dict[str, Any],
+    ) -> None:
+        folder.mkdir()
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS)
+        torch.save(optimizer, folder / OPTIMIZER)
+        sync_write(folder / STATE, json.dumps({"format": FORMAT, "step": step, **state}, indent=1))
+        names = (WEIGHTS, OPTIMIZER, STATE)
+        for name in names:
+            with open(folder / name, "rb+") as file:
+                os.fsync(file.fileno())
+        sync_write(folder / MANIFEST, json.dumps({name: file_sha256(folder / name) for name in names}, indent=1))
+        sync_folder(folder)
 
     def _prune(self, newest: int) -> None:
         kept = set(self.steps()[-self.keep_last :]) | {newest}
@@ -101,43 +152,99 @@ class Checkpoints:
                 shutil.rmtree(self.path(step))
 
     def newest(self) -> Path | None:
-        """The newest whole checkpoint, or None."""
+        """The newest checkpoint, or None."""
         steps = self.steps()
         return self.path(steps[-1]) if steps else None
 
+    def newest_whole(self, set_aside: bool) -> tuple[Path, Saved] | None:
+        """The newest checkpoint whose files are as they were written, and its content.
 
-def read_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, Any]]:
-    """Weights, optimizer state and run state of a checkpoint, after comparing checksums.
+        Args:
+            set_aside: rename damaged ones on the way, so that they never count again.
+        """
+        for step in reversed(self.steps()):
+            try:
+                return self.path(step), read_checkpoint(self.path(step))
+            except Damaged as error:
+                logger.warning("%s; falling back to the checkpoint before it", str(error).partition(";")[0])
+                if set_aside:
+                    os.replace(self.path(step), self.folder / f"damaged_{step:08d}")
+        return None
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The content of a checkpoint.
+
+    Args:
+        weights: of the objective.
+        optimizer: parameter name -> state.
+        state: plain values: ``step``, ``data``, ``skipped`` ...
+    """
+
+    weights: dict[str, Tensor]
+    optimizer: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return int(self.state["step"])
+
+    def fill(self, objective: nn.Module, where: Path, fingerprint: list[str]) -> None:
+        """Fill an objective that is not spread out yet, and check that the rest fits it.
+
+        Raises:
+            InputError: the checkpoint is of another objective, or of a run over other data.
+        """
+        if self.state["data"] != fingerprint:
+            raise InputError(
+                f"{where}: data.train has changed since this checkpoint; start a new run (another run.dir)"
+            )
+        trained = {name for name, p in objective.named_parameters() if p.requires_grad}
+        try:
+            objective.load_state_dict(self.weights)
+            if self.optimizer and set(self.optimizer) != trained:
+                raise ValueError(f"optimizer state of {sorted(set(self.optimizer) ^ trained)[:5]}")
+        except (RuntimeError, ValueError) as error:
+            raise InputError(f"{where}: does not fit this objective: {' '.join(str(error).split())}") from None
+
+
+def read_checkpoint(folder: Path) -> Saved:
+    """A checkpoint's content, after comparing checksums.
 
     Raises:
-        InputError: it is not a whole checkpoint, or a file differs from its checksum.
+        InputError: it is not a checkpoint that this version reads.
+        Damaged: a file differs from its checksum.
     """
     if not (folder / MANIFEST).is_file():
         raise InputError(f"{folder}: not a checkpoint (no {MANIFEST}); allowed: RUN/checkpoints/step_XXXXXXXX")
-    for name, digest in json.loads((folder / MANIFEST).read_text(encoding="utf-8")).items():
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except ValueError:
+        manifest = {MANIFEST: "not JSON"}
+    for name, digest in manifest.items():
         if not (folder / name).is_file() or file_sha256(folder / name) != digest:
-            raise InputError(
+            raise Damaged(
                 f"{folder / name}: damaged (checksum differs); resume from another checkpoint with --resume PATH"
             )
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     if state["format"] != FORMAT:
         raise InputError(f"{folder}: checkpoint format {state['format']}, this version reads {FORMAT}")
     optimizer = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
-    return load_file(folder / WEIGHTS), optimizer, state
+    return Saved(load_file(folder / WEIGHTS), optimizer, state)
 
 
-def restore(folder: Path, objective: nn.Module, optimizer: torch.optim.Optimizer, fingerprint: list[str]) -> int:
-    """Fill objective and optimizer from a checkpoint of this run; returns the number of steps done.
+def check_tensors(weights: dict[str, Tensor], what: str) -> None:
+    """Refuse weights that are not numbers or not there.
 
     Raises:
-        InputError: it is damaged, of another objective, or of a run over other data.
+        FloatingPointError: one is not finite.
+        ValueError: one is empty, as the placeholders of sharded weights are.
     """
-    weights, optimizer_state, state = read_checkpoint(folder)
-    if state["data"] != fingerprint:
-        raise InputError(f"{folder}: data.train has changed since this checkpoint; start a new run (another run.dir)")
-    try:
-        objective.load_state_dict(weights)
-        optimizer.load_state_dict(optimizer_state)
-    except (RuntimeError, ValueError) as error:
-        raise InputError(f"{folder}: does not fit this objective: {' '.join(str(error).split())}") from None
-    return int(state["step"])
+    empty = [name for name, t in weights.items() if t.numel() == 0]
+    if empty:
+        raise ValueError(f"{what}, empty tensors: {', '.join(empty[:5])}")
+    broken = [name for name, t in weights.items() if t.is_floating_point() and not t.isfinite().all()]
+    if broken:
+        raise FloatingPointError(f"{what}, not finite: {', '.join(broken[:5])}")

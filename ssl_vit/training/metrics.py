@@ -112,6 +112,19 @@ class MetricsLog:
             if name != "step":
                 self.writer.add_scalar(name if "/" in name else f"train/{name}", value, line["step"])
 
+    def rewind(self, step: int) -> None:
+        """Drop what was written after ``step``: the run went back to that checkpoint."""
+        if not self.active:
+            return
+        self.file.close()
+        truncate_metrics(self.path, step)
+        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+        if self.writer is not None:
+            self._tracker("close", self.writer.close)
+            self._tracker("open", lambda: self._open_tensorboard(self.path.parent, step))
+        if self.bar is not None:
+            self.bar.n = step
+
     def close(self) -> None:
         """Flush and close everything."""
         if not self.active:

@@ -27,6 +27,7 @@ class OptimSection(Section):
         betas: AdamW's; SGD uses the first as momentum
         eps: AdamW's
         clip_grad: largest norm of all gradients together; null: no clipping
+        max_skips: after so many steps in a row with a loss or gradients that are not finite, go back to a checkpoint
     """
 
     name: Literal["adamw", "sgd"] = "adamw"
@@ -41,6 +42,7 @@ class OptimSection(Section):
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
     clip_grad: float | None = Field(default=None, gt=0)
+    max_skips: int = Field(default=10, ge=1)
 
     @field_validator("betas")
     @classmethod
@@ -87,5 +89,5 @@ def build_optimizer(objective: nn.Module, optim: OptimSection) -> torch.optim.Op
     if not groups:
         raise ValueError("the objective has no trainable parameters")
     if optim.name == "sgd":
-        return torch.optim.SGD(groups, lr=absolute_lr(optim), momentum=optim.betas[0])
+        return torch.optim.SGD(groups, lr=absolute_lr(optim), momentum=optim.betas[0], fused=True)
     return torch.optim.AdamW(groups, lr=absolute_lr(optim), betas=optim.betas, eps=optim.eps, fused=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -15,11 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from torch import nn
 from tqdm import tqdm
 
 from ssl_vit import __version__
 from ssl_vit.config import InputError, plain, to_yaml
-from ssl_vit.training.checkpoint import Checkpoints, sync_write
+from ssl_vit.training.checkpoint import Checkpoints, Saved, read_checkpoint, sync_write
+
+logger = logging.getLogger(__name__)
+
+LOCK = ".lock"
+_HELD: dict[Path, Any] = {}
+"""Open lock files of this process."""
 
 LIBRARIES = ("torch", "torchvision", "timm", "accelerate", "webdataset", "numpy", "simplejpeg", "pillow", "deepspeed")
 FORMATTER = logging.Formatter("%(asctime)s  %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
@@ -36,8 +44,36 @@ class RunFolder:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
 
-    def resume_point(self, recipe: dict[str, Any], resume: str) -> Path | None:
-        """The checkpoint to go on from, or None to start; nothing is written.
+    def lock(self) -> None:
+        """Hold the folder for this process's life, by its main process only; the system lets go when it ends.
+
+        Raises:
+            InputError: another live process holds it.
+        """
+        if os.environ.get("RANK", "0") != "0" or self.path.resolve() in _HELD:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        file = open(self.path / LOCK, "a+", encoding="utf-8")  # noqa: SIM115
+        try:
+            # a record lock: loader workers, which may outlive a killed process for a moment, do not inherit it
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            file.close()
+            raise Held(
+                f"run.dir={self.path}: a live process is working in it ({holder}); wait for it, stop it, or give "
+                "another run.dir"
+            ) from None
+        except OSError:  # a file system without locks
+            logger.warning("run.dir=%s: its file system has no locks; do not start this run twice", self.path)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        _HELD[self.path.resolve()] = file
+
+    def check_resume(self, recipe: dict[str, Any], resume: str) -> None:
+        """Whether this recipe may start or go on in this folder; nothing is written.
 
         Args:
             recipe: the complete recipe as plain values.
@@ -51,18 +87,16 @@ class RunFolder:
         if not self.writable():
             raise InputError(f"run.dir={self.path}: cannot be written; give a folder below one that you may write to")
         if resume not in ("auto", "never"):
-            folder = Path(resume)
-            if folder.name == "latest" and folder.is_file():
-                folder = folder.parent / folder.read_text(encoding="utf-8").strip()
+            folder = _named(resume)
             if not folder.is_dir():
                 raise InputError(
                     f"--resume {resume}: no such folder; allowed: auto, never, RUN/checkpoints/step_XXXXXXXX"
                 )
             self._compare(folder.parents[1] / "recipe.yaml", recipe, f"--resume {resume}")
-            return folder
+            return
         names = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else set()
-        if not names - {"status.json", "train.log"}:
-            return None
+        if not names - {"status.json", "train.log", LOCK}:
+            return
         if resume == "never":
             raise InputError(f"run.dir={self.path}: is not empty and --resume is never; give another run.dir")
         if "recipe.yaml" not in names:
@@ -70,7 +104,24 @@ class RunFolder:
                 f"run.dir={self.path}: is not empty and holds no run (no recipe.yaml); give another run.dir"
             )
         self._compare(self.path / "recipe.yaml", recipe, f"run.dir={self.path}")
-        return Checkpoints(self.checkpoints).newest()
+
+    def restore(self, resume: str, objective: nn.Module, fingerprint: list[str]) -> Saved | None:
+        """Fill an objective from the checkpoint to go on from: the newest whole one, or the one that was named.
+
+        Raises:
+            InputError: the named one is damaged, or it does not fit.
+        """
+        if resume in ("auto", "never"):
+            main = os.environ.get("RANK", "0") == "0"
+            found = Checkpoints(self.checkpoints).newest_whole(set_aside=main)
+            if found is None:
+                return None
+        else:
+            folder = _named(resume)
+            found = folder, read_checkpoint(folder)
+        folder, saved = found
+        saved.fill(objective, folder, fingerprint)
+        return saved
 
     @staticmethod
     def _compare(saved: Path, recipe: dict[str, Any], where: str) -> None:
@@ -148,6 +199,19 @@ class RunFolder:
         for handler in [handler for handler in logger.handlers if isinstance(handler, logging.FileHandler)]:
             logger.removeHandler(handler)
             handler.close()
+
+
+def _named(resume: str) -> Path:
+    folder = Path(resume)
+    if folder.name == "latest" and folder.is_file():
+        return folder.parent / folder.read_text(encoding="utf-8").strip()
+    return folder
+
+
+class Held(InputError):
+    """The folder is in use: nothing in it may be touched."""
+
+    untouched = True
 
 
 class BesideBar(logging.Handler):

@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from types import FrameType
 
 import torch
@@ -15,26 +16,42 @@ from ssl_vit import distributed
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
 """What accelerate's and torch's launchers leave in the environment of the processes they start."""
+ONE_REQUEST = 2.0
+"""Seconds in which further signals are the same request: a launcher hands on what the whole group got already."""
 _PR_SET_PDEATHSIG = 1
 
 
 class Preempted(Exception):
-    """The run was asked to stop and has saved after ``step`` steps."""
+    """The run was asked to stop.
 
-    def __init__(self, step: int, name: str) -> None:
-        super().__init__(f"{name}: saved after step {step}; start the same command again to go on")
-        self.step = step
+    Args:
+        step: steps done.
+        saved: the step that a restart goes on from, None if there is no checkpoint.
+        name: of the signal.
+        together: whether every process stops for this reason.
+    """
+
+    def __init__(self, step: int, saved: int | None, name: str, together: bool = True) -> None:
+        what = "stopped before the first checkpoint" if saved is None else f"saved after step {saved}"
+        super().__init__(f"{name}: {what}; start the same command again to go on")
+        self.step, self.together = step, together
+
+
+class Interrupted(Exception):
+    """An evaluation was left because every process knows of a signal."""
 
 
 class StopRequest:
-    """Notes the first signal inside a ``with`` block; a second one ends the process at once.
+    """Notes the first signal inside a ``with`` block; a later one ends the process at once.
 
-    A launcher that dies takes nothing along: its children get SIGTERM then. A process started by hand keeps running
-    when its shell goes.
+    Outside the training loop (``waits`` is False) there is nothing to save: the first signal raises
+    :class:`Preempted` where it arrives, e.g. in packing. A launcher that dies takes nothing along: its children get
+    SIGTERM then. A process started by hand keeps running when its shell goes.
     """
 
     def __init__(self) -> None:
-        self.number = 0
+        self.number, self.waits, self.step = 0, False, 0
+        self._since = 0.0
 
     def __enter__(self) -> StopRequest:
         self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
@@ -49,16 +66,60 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.number:
-            os._exit(128 + number)
-        self.number = number
+            if time.monotonic() - self._since > ONE_REQUEST:
+                os._exit(128 + number)
+            return
+        self.number, self._since = number, time.monotonic()
+        if not self.waits:
+            raise Preempted(self.step, self.step or None, self.name(), together=False)
 
-    def agreed(self, device: torch.device) -> bool:
-        """Whether any process was asked to stop; every process gets the same answer in the same step."""
-        if distributed.world_size() == 1:
-            return self.number > 0
-        self.number = int(distributed.all_max(torch.tensor(self.number, device=device)).item())
-        return self.number > 0
+    def check(self, device: torch.device) -> None:
+        """Called by all processes at the same places of an evaluation.
+
+        Raises:
+            Interrupted: any process was asked to stop.
+        """
+        flag = torch.tensor(float(self.number), device=device)
+        self.number = int(distributed.all_max(flag).item())
+        if self.number:
+            raise Interrupted
 
     def name(self) -> str:
         """The signal's name."""
         return signal.Signals(self.number).name if self.number else "stopped"
+
+
+class Flags:
+    """What all processes agree on after each step, fetched without waiting for the device: on a GPU a step later.
+
+    Args:
+        device: of the training.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._pending: list[tuple[int, torch.Tensor, torch.cuda.Event | None]] = []
+
+    def put(self, step: int, signal_number: int, skipped: torch.Tensor) -> None:
+        """Share the signal that this process got and whether step ``step`` was skipped."""
+        shared = distributed.all_max(torch.stack([skipped.new_tensor(float(signal_number)), skipped]))
+        if self.device.type != "cuda":
+            self._pending.append((step, shared, None))
+            return
+        host = torch.empty(2, pin_memory=True)
+        host.copy_(shared, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._pending.append((step, host, event))
+
+    def get(self, wait: bool) -> list[tuple[int, int, bool]]:
+        """(step, signal number, skipped) of each step that is known; with ``wait`` of all."""
+        keep = 1 if self.device.type == "cuda" and not wait else 0
+        ready, self._pending = self._pending[: len(self._pending) - keep], self._pending[len(self._pending) - keep :]
+        found = []
+        for step, values, event in ready:
+            if event is not None:
+                event.synchronize()
+            number, skipped = values.tolist()
+            found.append((step, int(number), bool(skipped)))
+        return found

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssl_vit import distributed
 from ssl_vit.config import Duration, InputError
@@ -18,12 +17,16 @@ from ssl_vit.data.bad_samples import BadReport
 from ssl_vit.data.loader import STEP_SEED, Batch, Pixels, TrainBatches, iterate
 from ssl_vit.data.order import derive_seed, steps_of
 from ssl_vit.data.views import seed_generators
-from ssl_vit.objectives.base import Objective, Progress
+from ssl_vit.objectives.base import Progress
 from ssl_vit.training.checkpoint import Checkpoints
 from ssl_vit.training.metrics import MetricsLog
 from ssl_vit.training.optim import OptimSection, absolute_lr
 from ssl_vit.training.schedules import SCHEDULES
-from ssl_vit.training.signals import Preempted, StopRequest
+from ssl_vit.training.signals import Flags, Interrupted, Preempted, StopRequest
+from ssl_vit.training.skips import Diverged, Skips
+from ssl_vit.training.strategies import Strategy
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -111,43 +114,45 @@ class Trainer:
     """The training loop.
 
     Args:
-        accelerator: holds device, precision and strategy.
-        wrapped: the objective as ``accelerator.prepare`` returned it; every call on weights goes through it.
-        objective: the same, unwrapped: schedules, EMA and saving.
-        optimizer: likewise.
+        strategy: holds the objective as prepared for training, its optimizer, device and processes.
         batches: the training samples of this process.
         pixels: normalisation.
         plan: batch and step arithmetic.
         seed: of the run.
         log: metrics.
         checkpoints: where to save.
-        evaluate: called with the number of steps done, before the first step and after each.
+        evaluate: called with the number of steps done, before the first step and after each; returns what it measured.
         on_bad: called with the reports of samples that did not decode and the number of samples seen.
-        stop: asked after each step whether to save and end.
+        stop: the signals that this process got.
+        skips: steps that made no update.
         start_step: steps done before this process started.
+        evaluated: whether the evaluations after ``start_step`` are done.
         save_due: whether to save after so many steps; the last step is always saved.
+        keep_best: name of a measured number; the checkpoint with its highest value is saved and kept.
         log_every: steps between log lines.
         workers: loader processes.
+        on_samples: called with each step and the positions that this process trains on.
         state: saved with each checkpoint.
     """
 
-    accelerator: Accelerator
-    wrapped: nn.Module
-    objective: Objective
-    optimizer: torch.optim.Optimizer
+    strategy: Strategy
     batches: TrainBatches
     pixels: Pixels
     plan: Plan
     seed: int
     log: MetricsLog
     checkpoints: Checkpoints
-    evaluate: Callable[[int], None]
+    evaluate: Callable[[int], dict[str, float]]
     on_bad: Callable[[list[BadReport], int], None]
     stop: StopRequest
+    skips: Skips
     start_step: int = 0
+    evaluated: bool = False
     save_due: Callable[[int], bool] = lambda step: False
+    keep_best: str | None = None
     log_every: int = 20
     workers: int = 2
+    on_samples: Callable[[int, list[int]], None] | None = None
     state: dict[str, Any] = field(default_factory=dict)
 
     def fit(self) -> None:
@@ -155,23 +160,36 @@ class Trainer:
 
         Raises:
             Preempted: a signal asked for it; a checkpoint of the last step is there.
+            FloatingPointError: losses or gradients were not finite again after going back to a checkpoint.
         """
-        plan, total = self.plan, self.plan.total_steps
-        if self.start_step == 0:
-            self.evaluate(0)
+        self.device, self.objective = self.strategy.device, self.strategy.objective
+        self.flags, self.saved, self.rolled_back = Flags(self.device), self.start_step or None, False
+        start = self.start_step
+        if not self.evaluated:
+            self._evaluate(start)
+        if start == 0:
             self._save(0)
-        loader = self._loader()
-        self.wrapped.train()
+        while start < self.plan.total_steps:
+            try:
+                self._steps(start)
+                return
+            except Diverged as error:
+                start = self._roll_back(error)
+
+    def _steps(self, start: int) -> None:
+        plan, total = self.plan, self.plan.total_steps
+        loader = self._loader(start)
+        self.strategy.wrapped.train()
         window_start, waited, window_steps = time.perf_counter(), 0.0, 0
 
-        for step in range(self.start_step, total):
+        for step in range(start, total):
             # generators: drop path and mixup draw from them, whatever came before
             self._seed(step)
 
             # schedules
             self.objective.before_step(plan.progress(step))
             lr = plan.learning_rate(step)
-            for group in self.optimizer.param_groups:
+            for group in self.strategy.param_groups:
                 group["lr"] = lr * group.get("lr_scale", 1.0)
 
             # micro-batches: forward and backward
@@ -180,84 +198,132 @@ class Trainer:
                 waiting = time.perf_counter()
                 batch = self._next(loader, step)
                 waited += time.perf_counter() - waiting
-                loss, metrics = self._forward_backward(batch, last=micro == plan.accumulation - 1)
-                losses.append(loss)
+                with self.strategy.micro_step(last=micro == plan.accumulation - 1):
+                    loss, metrics = self.strategy.wrapped(batch, call="loss")
+                    losses.append(loss.detach().float())
+                    self.strategy.backward(self._finite_or_nan(loss, step + 1))
 
             # step
-            if plan.optim.clip_grad is not None:
-                norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), plan.optim.clip_grad)
-                metrics["grad_norm"] = torch.as_tensor(norm)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            self.objective.after_step()
+            skipped, grad_norm = self.strategy.step()
+            self.objective.after_step(1 - skipped)
 
-            # log, evaluate, save
+            # log
             done, window_steps = step + 1, window_steps + 1
+            self.flags.put(done, self.stop.number, skipped)
             if done % self.log_every == 0 or done == total:
-                values = self._fetch({"loss": torch.stack(losses).mean(), **metrics})
                 elapsed = time.perf_counter() - window_start
-                self.log.train(
-                    {
-                        "step": done,
-                        "epoch": done / plan.steps_per_epoch,
-                        **values,
-                        "lr": lr,
-                        "images_per_second": window_steps * plan.optim.batch_size / elapsed,
-                        "data_wait": waited / elapsed,
-                        "samples_seen": done * plan.optim.batch_size,
-                        **self._memory(),
-                    }
-                )
-                if values["loss"] != values["loss"]:
-                    raise FloatingPointError(f"step {done}: the loss is not a number; lower optim.base_lr or clip_grad")
+                values = {"loss": torch.stack(losses).mean(), **metrics, "grad_norm": grad_norm}
+                speed = {
+                    "images_per_second": window_steps * plan.optim.batch_size / elapsed,
+                    "data_wait": waited / elapsed,
+                }
+                self._log(done, lr, values, speed)
                 window_start, waited, window_steps = time.perf_counter(), 0.0, 0
+
+            # evaluate, save, stop
             pause = time.perf_counter()
-            self.evaluate(done)
-            stopping = self.stop.agreed(self.accelerator.device)
-            if self.save_due(done) or done == total or stopping:
+            if self._stop_asked(wait=self.save_due(done) or done == total) and done < total:
+                self._preempt(done)
+            self._evaluate(done)
+            if self.save_due(done) or done == total or self.best_step == done:
                 self._save(done)
-            if stopping and done < total:
-                raise Preempted(done, self.stop.name())
             window_start += time.perf_counter() - pause
+
+    def _finite_or_nan(self, loss: Tensor, done: int) -> Tensor:
+        """The loss, times NaN where no update may come of it: every process then sees gradients that are not finite."""
+        fine = loss.detach().isfinite() & (done not in self.skips.barred)
+        return loss * torch.where(fine, 1.0, float("nan"))
+
+    def _stop_asked(self, wait: bool) -> bool:
+        """Take note of skipped steps; whether any process was asked to stop."""
+        asked = False
+        for step, number, skipped in self.flags.get(wait):
+            self.stop.number = self.stop.number or number
+            asked = asked or number > 0
+            if skipped:
+                self.skips.note(step)
+        return asked
+
+    def _evaluate(self, done: int) -> None:
+        try:
+            results = self.evaluate(done)
+        except Interrupted:
+            self._preempt(done)
+        else:
+            value, best = results.get(self.keep_best or ""), self.state.get("best")
+            if value is not None and (best is None or value > best["value"]):
+                self.state["best"] = {"name": self.keep_best, "value": value, "step": done}
+
+    @property
+    def best_step(self) -> int | None:
+        """The step whose checkpoint is the best so far."""
+        return self.state.get("best", {}).get("step")
+
+    def _preempt(self, done: int) -> NoReturn:
+        if self.saved != done:
+            self._save(done, evaluated=False)
+        raise Preempted(done, self.saved, self.stop.name())
+
+    def _roll_back(self, error: Diverged) -> int:
+        """Go back to the newest checkpoint; the steps that failed will make no update."""
+        found = self.checkpoints.newest_whole(set_aside=False)
+        if self.rolled_back or found is None:
+            raise FloatingPointError(
+                f"{error}, also after going back to a checkpoint; their samples are named in {self.skips.path}; lower "
+                "optim.base_lr, set optim.clip_grad, or look at these samples, then start the same command again"
+            ) from None
+        folder, saved = found
+        logger.warning("%s; going back to %s, these steps will make no update", error, folder.name)
+        self.strategy.load(saved.weights, saved.optimizer)
+        self.skips.undo(saved.step, bar=error.steps)
+        self.flags, self.rolled_back, self.saved = Flags(self.device), True, saved.step
+        self.log.rewind(saved.step)
+        return saved.step
 
     def _seed(self, step: int) -> None:
         seed = derive_seed(self.seed, STEP_SEED, step, distributed.rank())
         seed_generators(seed)
-        if self.accelerator.device.type == "cuda":
+        if self.device.type == "cuda":
             torch.cuda.manual_seed(seed & 0x7FFFFFFFFFFFFFFF)
 
-    def _loader(self) -> Iterator[tuple[Batch, list[BadReport]]]:
+    def _loader(self, start: int) -> Iterator[tuple[Batch, list[BadReport]]]:
         accumulation = self.plan.accumulation
-        items = range(self.start_step * accumulation, self.plan.total_steps * accumulation)
-        return iterate(self.batches, items, self.workers, pin_memory=self.accelerator.device.type == "cuda")
+        items = range(start * accumulation, self.plan.total_steps * accumulation)
+        return iterate(self.batches, items, self.workers, pin_memory=self.device.type == "cuda")
 
     def _next(self, loader: Iterator[tuple[Batch, list[BadReport]]], step: int) -> Batch:
         batch, reports = next(loader)
         if reports:
             self.on_bad(reports, (step + 1) * self.plan.optim.batch_size)
-        return self.pixels.to_device(batch, self.accelerator.device)
+        if self.on_samples is not None:
+            self.on_samples(step + 1, batch["index"].tolist())
+        return self.pixels.to_device(batch, self.device)
 
-    def _forward_backward(self, batch: Batch, last: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """Gradients are averaged over processes once a step, at its last micro-batch."""
-        sync = contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped)
-        with sync:
-            loss, metrics = self.wrapped(batch, call="loss")
-            self.accelerator.backward(loss / self.plan.accumulation)
-        return loss.detach().float(), dict(metrics)
-
-    def _fetch(self, values: dict[str, Tensor]) -> dict[str, float]:
+    def _log(self, done: int, lr: float, tensors: dict[str, Tensor], speed: dict[str, float]) -> None:
         """Means over the processes, copied to the host at once."""
-        stacked = torch.stack([value.detach().float() for value in values.values()])
-        means = distributed.all_sum(stacked) / distributed.world_size()
-        return dict(zip(values, means.tolist(), strict=True))
+        stacked = torch.stack([value.detach().float() for value in tensors.values()])
+        means = (distributed.all_sum(stacked) / distributed.world_size()).tolist()
+        line = {"step": done, "epoch": done / self.plan.steps_per_epoch, **dict(zip(tensors, means, strict=True))}
+        line |= {"lr": lr, **speed, "samples_seen": done * self.plan.optim.batch_size}
+        if self.device.type == "cuda":
+            line["memory"] = torch.cuda.max_memory_allocated(self.device)
+        if self.skips.steps:
+            line["skipped"] = len(self.skips.steps)
+        self.log.train(line)
 
-    def _memory(self) -> dict[str, int]:
-        """Largest bytes allocated on a GPU since the run began; nothing on a CPU."""
-        cuda = self.accelerator.device.type == "cuda"
-        return {"memory": torch.cuda.max_memory_allocated(self.accelerator.device)} if cuda else {}
-
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, evaluated: bool = True) -> None:
+        """Write a checkpoint; a full disk costs this one, not the run."""
+        weights, optimizer = self.strategy.weights(), self.strategy.optimizer_state()
+        failed = torch.zeros((), device=self.device)
         if distributed.is_main():
-            state = {**self.state, "samples_seen": step * self.plan.optim.batch_size}
-            self.checkpoints.save(step, self.objective, self.optimizer, state)
-        distributed.barrier()
+            self.state |= {"samples_seen": step * self.plan.optim.batch_size, "evaluated": evaluated}
+            self.state |= {"skipped": self.skips.steps, "barred": sorted(self.skips.barred)}
+            try:
+                self.checkpoints.save(step, weights, optimizer, self.state)
+            except OSError as error:
+                logger.error("step %d: not saved: %s; free some space, the run goes on", step, error)
+                failed += 1
+        if distributed.all_max(failed).item() == 0:
+            self.saved = step
+        elif step == self.plan.total_steps:
+            raise OSError(f"the checkpoint of the last step could not be written into {self.checkpoints.folder}")

@@ -1,0 +1,272 @@
+"""Where weights, gradients and optimizer state live: whole on every process, or in the parts of ZeRO or FSDP2.
+
+A strategy makes the step and gives weights and optimizer state back whole, by parameter name, so that one checkpoint
+format serves every strategy and any number of processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ssl_vit import distributed
+from ssl_vit.objectives.base import Objective
+from ssl_vit.training.optim import OptimSection, build_optimizer
+
+OptimizerState = dict[str, dict[str, Tensor]]
+"""Parameter name -> name in the optimizer (``exp_avg``, ``step`` ...) -> tensor, whole and on the CPU."""
+
+
+class Strategy:
+    """Whole weights everywhere: one process, or several under DDP.
+
+    Args:
+        accelerator: holds device, precision and processes.
+        objective: what is trained; moved to the device.
+        optim: the optimizer and its clipping.
+        accumulation: micro-batches a step.
+    """
+
+    gathers = False
+    """Whether weights have to be gathered before anything else than the wrapped objective may use them."""
+
+    def __init__(self, accelerator: Accelerator, objective: Objective, optim: OptimSection, accumulation: int) -> None:
+        self.accelerator, self.objective, self.optim, self.accumulation = accelerator, objective, optim, accumulation
+        self.device = accelerator.device
+        self._prepare()
+        self.named = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+
+    def _prepare(self) -> None:
+        self.wrapped: Any = self.accelerator.prepare(self.objective)
+        self.optimizer = build_optimizer(self.objective, self.optim)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's groups: their ``lr`` and ``weight_decay`` are set before each step."""
+        return self.optimizer.param_groups
+
+    @contextlib.contextmanager
+    def micro_step(self, last: bool) -> Iterator[None]:
+        """Around forward and backward of one micro-batch; gradients are averaged over processes at the last."""
+        with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+            yield
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of one micro-batch's loss."""
+        (loss / self.accumulation).backward()
+
+    def step(self) -> tuple[Tensor, Tensor]:
+        """Clip and make the step, unless a gradient is not finite.
+
+        Returns:
+            Whether the step was skipped (float, 1 or 0) and the norm of all gradients before clipping; scalars on the
+            device, not waited for, the same on every process.
+        """
+        parameters = list(self.named.values())
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+        norm = whole(norm)
+        if self.optim.clip_grad is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.optim.clip_grad, norm, foreach=True)
+        skipped = (~norm.isfinite()).float()
+        # fused optimizers look at the flag on the device: nobody waits
+        self.optimizer.found_inf = skipped  # pyright: ignore[reportAttributeAccessIssue]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return skipped, norm
+
+    def weights(self) -> dict[str, Tensor]:
+        """Every tensor of the objective's state, whole and on the CPU of the main process (empty on others)."""
+        return self._gathered(self.objective.state_dict())
+
+    def optimizer_state(self) -> OptimizerState:
+        """The optimizer's state, on the main process (names without tensors on others)."""
+        return {name: self._gathered(self.optimizer.state.get(p, {})) for name, p in self.named.items()}
+
+    def load(self, weights: dict[str, Tensor] | None, optimizer: OptimizerState) -> None:
+        """Take up weights (None: they are already there) and optimizer state of a checkpoint."""
+        if weights is not None:
+            self._load_weights(weights)
+        self.optimizer.state.clear()
+        for name, values in optimizer.items():
+            parameter = self.named[name]
+            self.optimizer.state[parameter] = {key: like(parameter, value) for key, value in values.items()}
+
+    def _load_weights(self, weights: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, tensor in self.objective.state_dict().items():
+                tensor.copy_(like(tensor, weights[name]))
+
+    def _gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        gathered = ((name, whole(tensor.detach())) for name, tensor in tensors.items())
+        # a copy: saving goes on while training must not change it
+        return {name: tensor.cpu().clone() for name, tensor in gathered if distributed.is_main()}
+
+
+class FSDP2(Strategy):
+    """Parameters, gradients and optimizer state in parts: torch's ``fully_shard`` around each transformer block.
+
+    The same on CPUs and GPUs; accelerate's own FSDP never engages on a CPU and so could not be tested there.
+    """
+
+    gathers = True
+
+    def _prepare(self) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        objective = self.objective.to(self.device)
+        mesh = init_device_mesh(self.device.type, (distributed.world_size(),))
+        for block in transformer_blocks(objective):
+            fully_shard(block, mesh=mesh)
+        self.wrapped = fully_shard(objective, mesh=mesh)
+        if self.accelerator.mixed_precision == "bf16":
+            objective.forward = torch.autocast(self.device.type, torch.bfloat16)(objective.forward)
+        self.optimizer = build_optimizer(objective, self.optim)  # after sharding: the parameters are new objects
+
+    @contextlib.contextmanager
+    def micro_step(self, last: bool) -> Iterator[None]:
+        """Around forward and backward of one micro-batch; gradients are averaged over processes at the last."""
+        self.wrapped.set_requires_gradient_sync(last)
+        yield
+
+
+class Zero(Strategy):
+    """DeepSpeed's ZeRO stages 1 to 3 through accelerate; the engine clips, steps and skips by itself."""
+
+    def _prepare(self) -> None:
+        optimizer = build_optimizer(self.objective, self.optim)
+        self.wrapped, _ = self.accelerator.prepare(self.objective, optimizer)
+        self.optimizer: Any = self.wrapped.optimizer
+        self.stage = int(self.wrapped.zero_optimization_stage())
+        self.gathers = self.stage == 3
+        if self.gathers:
+            # encoders use parameters of modules that they do not call; the objective's forward gathers these
+            from deepspeed.runtime.zero import register_external_parameter
+
+            inside = {p for block in transformer_blocks(self.objective) for p in block.parameters()}
+            for parameter in self.objective.parameters():
+                if parameter not in inside:
+                    register_external_parameter(self.objective, parameter)
+
+    @contextlib.contextmanager
+    def micro_step(self, last: bool) -> Iterator[None]:
+        """Around forward and backward of one micro-batch; gradients are averaged over processes at the last."""
+        self.wrapped.set_gradient_accumulation_boundary(last)
+        yield
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of one micro-batch's loss; the engine divides by the accumulation."""
+        self.wrapped.backward(loss)
+
+    def step(self) -> tuple[Tensor, Tensor]:
+        """Clip and make the step, unless a gradient is not finite; DeepSpeed looks at the norm on the host."""
+        self.wrapped.step()
+        skipped = torch.tensor(float(self.optimizer.overflow), device=self.device)
+        norm = torch.as_tensor(self.wrapped.get_global_grad_norm(), device=self.device)
+        return skipped, norm.float()
+
+    def weights(self) -> dict[str, Tensor]:
+        """Every tensor of the objective's state, whole and on the CPU of the main process (empty on others)."""
+        if self.stage < 3:
+            return super().weights()
+        from deepspeed.runtime.zero import GatheredParameters
+
+        parameters, found = dict(self.objective.named_parameters()), {}
+        for name, tensor in self.objective.state_dict().items():
+            parameter = parameters.get(name)
+            with contextlib.nullcontext() if parameter is None else GatheredParameters([parameter]):
+                found |= self._gathered({name: tensor if parameter is None else parameter})
+        return found
+
+    def optimizer_state(self) -> OptimizerState:
+        """The optimizer's state, on the main process (names without tensors on others)."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        flat = self._flat_states()
+        if not flat:
+            return {name: {} for name in self.named}
+        self._link()
+        counted = {key: value for key, value in flat[0].items() if value.ndim == 0}
+        keys = sorted(key for key, value in flat[0].items() if value.ndim)
+        return {
+            name: self._gathered(counted | {key: cast(Tensor, safe_get_full_optimizer_state(p, key)) for key in keys})
+            for name, p in self.named.items()
+        }
+
+    def load(self, weights: dict[str, Tensor] | None, optimizer: OptimizerState) -> None:
+        """Take up weights (None: they are already there) and optimizer state of a checkpoint."""
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        if weights is not None:
+            self._load_weights(weights)
+        first = next(iter(optimizer.values()), {})
+        self.optimizer.optimizer.state.clear()
+        if not first:
+            return
+        for flat in self._flat_parameters():  # empty parts first, filled below
+            self.optimizer.optimizer.state[flat] = {
+                key: value.clone().to(flat.device) if value.ndim == 0 else torch.zeros_like(flat.data)
+                for key, value in first.items()
+            }
+        self._link()
+        for name, values in optimizer.items():
+            for key, value in values.items():
+                if value.ndim:
+                    safe_set_full_optimizer_state(self.named[name], value.to(self.device).float(), key)
+
+    def _load_weights(self, weights: dict[str, Tensor]) -> None:
+        from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        parameters = dict(self.objective.named_parameters())
+        with torch.no_grad():
+            for name, tensor in self.objective.state_dict().items():
+                parameter, value = parameters.get(name), weights[name].to(self.device)
+                if parameter is None:
+                    tensor.copy_(value)
+                    continue
+                with GatheredParameters([parameter], modifier_rank=0) if self.stage == 3 else contextlib.nullcontext():
+                    parameter.copy_(value) if self.stage < 3 or distributed.is_main() else None
+                if parameter.requires_grad:
+                    safe_set_full_fp32_param(parameter, value.float())
+
+    def _link(self) -> None:
+        """Tell each parameter its place in the flat state; DeepSpeed does so after the first group only."""
+        if self.stage < 3:
+            self.optimizer._hp_optimizer_states_linked = False
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _flat_parameters(self) -> list[Tensor]:
+        parts = "fp32_partitioned_groups_flat" if self.stage == 3 else "single_partition_of_fp32_groups"
+        return list(getattr(self.optimizer, parts))
+
+    def _flat_states(self) -> list[dict[str, Tensor]]:
+        state = self.optimizer.optimizer.state
+        return [state[flat] for flat in self._flat_parameters() if flat in state]
+
+
+def transformer_blocks(objective: nn.Module) -> list[nn.Module]:
+    """The modules that are gathered one after the other; everything else is gathered for the whole forward pass."""
+    return [module for module in objective.modules() if hasattr(module, "attn") and hasattr(module, "mlp")]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered (all processes take part), any other as it is."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(target: Tensor, value: Tensor) -> Tensor:
+    """``value`` on the target's device, and in its parts if it has the target's shape and that is sharded."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    value = value.to(target.device)
+    if isinstance(target, DTensor) and value.shape == target.shape:
+        return distribute_tensor(value, target.device_mesh, target.placements)
+    return value
