@@ -185,7 +185,7 @@ def _find(file: Path, configs: Path) -> Path:
 
 
 def _prepare() -> None:
-    from ssl_vit.training.run_folder import check_libraries, log_to_stderr
+    from ssl_vit.training.environment import check_libraries, log_to_stderr
 
     check_libraries()
     log_to_stderr()

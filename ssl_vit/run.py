@@ -21,9 +21,10 @@ from ssl_vit.evaluation.base import Evaluation, Subject
 from ssl_vit.recipe import EvaluationRecipe, Recipe, micro_batch
 from ssl_vit.report import finish, report
 from ssl_vit.training.checkpoint import Checkpoints, read_checkpoint
+from ssl_vit.training.environment import library_versions
 from ssl_vit.training.launch import KINDS, Launch
 from ssl_vit.training.metrics import MetricsLog, truncate_metrics
-from ssl_vit.training.run_folder import RunFolder, library_versions
+from ssl_vit.training.run_folder import RunFolder
 from ssl_vit.training.signals import Interrupted, Preempted, StopRequest
 from ssl_vit.training.skips import Skips
 from ssl_vit.training.trainer import Plan, Trainer

@@ -31,7 +31,7 @@ def test_two_processes_train_and_judge_like_one(images: Path, tmp_path: Path) ->
             assert done.returncode == 0, done.stderr
             facts = json.loads((tmp_path / name / "environment.json").read_text())
             assert facts["num_processes"] == 2
-            assert "processes: 2 (MULTI_CPU)" in done.stderr
+            assert "processes: 2 (MULTI_CPU, DDP)" in done.stderr
         folders[name] = read_metrics(tmp_path / name / "metrics.jsonl")
     one, two = ([line for line in folders[name] if "loss" in line] for name in ("one", "two"))
     assert [line["step"] for line in two] == list(range(1, 13)), "one process writes"

@@ -137,7 +137,7 @@ class Checkpoints:
         folder.mkdir()
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS)
         torch.save(optimizer, folder / OPTIMIZER)
-        sync_write(folder / STATE, json.dumps({"format": FORMAT, "step": step, **state}, indent=1))
+        sync_write(folder / STATE, json.dumps({**state, "format": FORMAT, "step": step}, indent=1))
         names = (WEIGHTS, OPTIMIZER, STATE)
         for name in names:
             with open(folder / name, "rb+") as file:

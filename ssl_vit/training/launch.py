@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, patch_environment
 
 from ssl_vit.config import InputError
 from ssl_vit.objectives.base import Objective
 from ssl_vit.training.optim import OptimSection
-from ssl_vit.training.strategies import FSDP2, Strategy, Zero
+from ssl_vit.training.strategies import FSDP2, Strategy
+from ssl_vit.training.zero import Zero
 
 TIMEOUT = timedelta(hours=2)
 """How long processes wait for each other: longer than the longest save or evaluation on one of them."""
@@ -71,6 +73,13 @@ class Launch:
                 raise InputError(
                     f"DeepSpeed was asked for, but {library} is not installed; cure: pip install 'ssl_vit[deepspeed]'"
                 )
+        try:
+            import deepspeed  # noqa: F401
+        except Exception as error:
+            raise InputError(
+                f"DeepSpeed was asked for, but deepspeed cannot be imported ({' '.join(str(error).split())}); see "
+                "https://www.deepspeed.ai/tutorials/advanced-install, or use DDP"
+            ) from None
         if _on("ACCELERATE_USE_CPU"):
             raise InputError(
                 "use_cpu together with DeepSpeed drops DeepSpeed without a word; leave use_cpu out and set "
@@ -158,6 +167,7 @@ class Launch:
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
         torch.use_deterministic_algorithms(deterministic)
+        AcceleratorState._reset_state()  # what an earlier run of this process left, such as its precision
         common: dict[str, Any] = {
             "dataloader_config": DataLoaderConfiguration(dispatch_batches=False),
             "step_scheduler_with_optimizer": False,
