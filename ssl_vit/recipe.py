@@ -185,6 +185,11 @@ def check_recipe(recipe: RecipeT) -> RecipeT:
         micro_batch(recipe.optim.batch_size, recipe.run.micro_batch_size, 1)
         _above_zero("run.save_every", recipe.run.save_every)
         _above_zero("run.keep_every", recipe.run.keep_every)
+        if recipe.run.keep_best is not None and recipe.run.keep_best.partition("/")[0] not in recipe.evals:
+            allowed = ", ".join(recipe.evals) or "none are in this recipe"
+            raise InputError(
+                f"run.keep_best={recipe.run.keep_best!r}: allowed: numbers of evals: {allowed}; e.g. knn/top1"
+            )
     chans = recipe.encoder.get("in_chans", 3)
     for key in ("mean", "std"):
         numbers = getattr(recipe.data, key)
