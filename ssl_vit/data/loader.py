@@ -29,6 +29,7 @@ Batch = dict[str, Tensor]
 
 NORMALISED = ("image", "global_views", "local_views")
 VIEW_SEED, STEP_SEED = 1, 2
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 @dataclass(frozen=True)
@@ -200,11 +201,17 @@ def iterate(
         # an own generator: the loader's base seed must not be drawn from the generator of the training step
         generator=torch.Generator(),
     )
-    return iter(loader)
+    # a signal to the whole group must not find a worker that does not ignore it yet
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_worker(worker: int) -> None:
     """One thread a worker; stopping is the main process's to handle."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
