@@ -123,7 +123,8 @@ def evaluate(doc: str | None, pipeline: str, default: str) -> None:
     _door(doc, pipeline, EvaluationRecipe, lambda words: default, lambda values: None, start)
 
 
-def _refuse(error: InputError) -> NoReturn:
+def refuse(error: InputError) -> NoReturn:
+    """End with the one clear message of bad input."""
     print(f"error: {'; '.join(str(error).splitlines())}", file=sys.stderr)
     sys.exit(EXIT_BAD_INPUT)
 
@@ -140,7 +141,7 @@ def _door(
     values: dict[str, Any] = {}
     try:
         arguments = Arguments.parse(sys.argv[1:])
-        files = [_find(file, configs) for file in arguments.files] or [configs / defaults(arguments.words)]
+        files = [find_recipe(file, configs) for file in arguments.files] or [configs / defaults(arguments.words)]
         values = load(files, arguments.words)
         if arguments.help:
             print(help_text(doc, section, values))
@@ -159,7 +160,7 @@ def _door(
     except InputError as error:
         if not error.untouched:
             _failed(values, EXIT_BAD_INPUT, str(error))
-        _refuse(error)
+        refuse(error)
     except Exception as error:
         _failed(values, 1, f"{type(error).__name__}: {error}")
         raise
@@ -178,7 +179,7 @@ def _start(start: Callable[[Any, str], None], recipe: Any, resume: str) -> None:
         distributed.shutdown()
 
 
-def _find(file: Path, configs: Path) -> Path:
+def find_recipe(file: Path, configs: Path) -> Path:
     """A recipe's path is looked up from the working folder, then from the folder that holds ``configs/``."""
     beside = configs.parent / file
     return beside if not file.exists() and beside.is_file() else file
