@@ -9,7 +9,7 @@
 Takes the same --config and key=value as the pipeline that it plans.
 """
 
-from ssl_vit import preflight
+from ssl_vit.preflight import door
 
 if __name__ == "__main__":
-    preflight.main(__doc__, __file__, default="pretrain/mae_vit_base_patch16_in1k.yaml")
+    door.main(__doc__, __file__, default="pretrain/mae_vit_base_patch16_in1k.yaml")

@@ -49,7 +49,6 @@ def run(recipe: Recipe, resume: str = "auto") -> None:
         if folder.finished():
             logger.info("run.dir=%s: this run is finished; nothing to do", folder.path)
             return report(folder)
-        folder.lock()
         objective = build.build_objective(recipe)
         launch.check(objective)
         sets = build.open_sets(recipe.data)
@@ -57,6 +56,7 @@ def run(recipe: Recipe, resume: str = "auto") -> None:
         plan = Plan(recipe.optim, stream.epoch_size, micro, launch.num_ranks)
         plan.check()
         evaluations = build.build_evaluations(recipe.evals, labelled=sets.val is not None)
+        folder.lock()
         saved = folder.restore(resume, objective, sets.fingerprint)
         state: dict[str, Any] = saved.state if saved else {"data": sets.fingerprint}
         start_step = saved.step if saved else 0
@@ -134,11 +134,11 @@ def evaluate(recipe: EvaluationRecipe, resume: str = "auto") -> None:
         if folder.finished():
             logger.info("run.dir=%s: this evaluation is finished; nothing to do", folder.path)
             return report(folder)
-        folder.lock()
         objective = build.build_frozen(recipe)
         sets = build.open_sets(recipe.data)
         evaluations = build.build_evaluations(recipe.evals, labelled=sets.val is not None)
         workers = build.loader_workers(recipe.run)
+        folder.lock()
         accelerator = launch.open(precision, recipe.run.deterministic)
         main = accelerator.is_main_process
         if main:

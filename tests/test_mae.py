@@ -229,7 +229,7 @@ def test_calls_go_through_one_door() -> None:
     with pytest.raises(ValueError, match="measured, not trained"):
         only_encoder.views((32, 32))
     only_encoder.before_step(Progress(0, 1, 0.0, 1.0, 0.0))
-    only_encoder.after_step()
+    only_encoder.after_step(torch.ones(()))
 
 
 def test_frozen_parts_stay_frozen() -> None:

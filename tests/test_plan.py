@@ -12,7 +12,8 @@ from conftest import ROOT, run_python, tiny_recipe
 from torch.profiler import ProfilerActivity, profile
 
 from ssl_vit.config import check, load
-from ssl_vit.preflight import Cost, PlanSection, count, make_plan, memory, step_counter
+from ssl_vit.preflight.cost import Cost, count, memory, step_counter
+from ssl_vit.preflight.table import PlanSection, make_plan
 from ssl_vit.recipe import Recipe, check_recipe
 
 
@@ -45,7 +46,9 @@ def test_flops_of_mae(
     assert cost.flops == pytest.approx(3 * forward - unused, rel=1e-3)
     everywhere = depth * block(keep + 1, width) + 8 * block(num + 1, decoder) + 2 * num * pixels * width
     everywhere += 2 * (keep + 1) * width * decoder + 2 * (num + 1) * decoder * pixels
-    assert 3 * everywhere / 1e9 == pytest.approx(published_gflops, rel=2e-3), "published: projection and head on all patches"
+    assert 3 * everywhere / 1e9 == pytest.approx(published_gflops, rel=2e-3), (
+        "there all patches are projected and predicted"
+    )
     assert cost.encoder == pytest.approx(parameters, rel=1e-3)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from accelerate.utils import InitProcessGroupKwargs, patch_environment
 
 from ssl_vit.config import InputError
 from ssl_vit.objectives.base import Objective
+from ssl_vit.training.launcher import asked_processes
 from ssl_vit.training.optim import OptimSection
 from ssl_vit.training.strategies import FSDP2, Strategy
 from ssl_vit.training.zero import Zero
@@ -220,32 +220,9 @@ def _read_json(file: str) -> dict[str, Any]:
 
 def _check_processes(num_ranks: int) -> None:
     """Compare with the command line of ``accelerate launch``, which starts one process on CPUs whatever it says."""
-    asked = _asked_processes()
+    asked = asked_processes()
     if asked is not None and asked != num_ranks:
         raise InputError(
             f"accelerate launch was asked for {asked} processes but started {num_ranks}; on CPUs: "
             f"ACCELERATE_USE_CPU=true torchrun --nproc_per_node {asked} pipelines/..."
         )
-
-
-def _asked_processes() -> int | None:
-    """``--num_processes`` of the launcher above this process, or of its ``--config_file``; None if it does not say."""
-    try:
-        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        return None
-    if not any(Path(word).name == "accelerate" or "accelerate.commands" in word for word in words[:4]):
-        return None
-    if not any(word.endswith(("launch", "launch.py")) for word in words[:5]):
-        return None
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--num_processes", "--num-processes", type=int)
-    parser.add_argument("--config_file", "--config-file")
-    script = next((i for i, word in enumerate(words) if i > 1 and word.endswith(".py") and "launch" not in word), None)
-    given, _ = parser.parse_known_args(words[1:script])
-    if given.num_processes is None and given.config_file and Path(given.config_file).is_file():
-        from omegaconf import OmegaConf
-
-        number = OmegaConf.to_container(OmegaConf.load(given.config_file)).get("num_processes")  # pyright: ignore
-        return int(number) if number else None
-    return given.num_processes

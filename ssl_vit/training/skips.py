@@ -62,6 +62,10 @@ class Skips:
         if len(tail) == self.limit and tail[-1] - tail[0] == self.limit - 1:
             raise Diverged(tail)
 
+    def hopeless(self, step: int) -> bool:
+        """Whether the ``limit`` steps that end with ``step`` were all skipped."""
+        return set(range(step - self.limit + 1, step + 1)) <= set(self.steps)
+
     def undo(self, step: int, bar: list[int]) -> None:
         """Forget what came after ``step``; the steps ``bar`` will make no update."""
         self.steps = [s for s in self.steps if s <= step]

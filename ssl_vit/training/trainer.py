@@ -86,12 +86,15 @@ class Trainer:
             self._evaluate(start)
         if start == 0:
             self._save(0)
-        while start < self.plan.total_steps:
+        total = self.plan.total_steps
+        while start < total:
             try:
                 self._steps(start)
-                return
+                start = total
             except Diverged as error:
                 start = self._roll_back(error)
+        if self.skips.hopeless(total):
+            raise self._broken("the run ended without an update in its last steps")
 
     def _steps(self, start: int) -> None:
         plan, total = self.plan, self.plan.total_steps
@@ -185,10 +188,7 @@ class Trainer:
         """Go back to the newest checkpoint; the steps that failed will make no update."""
         found = self.checkpoints.newest_whole(set_aside=False)
         if self.rolled_back or found is None:
-            raise FloatingPointError(
-                f"{error}, also after going back to a checkpoint; their samples are named in {self.skips.path}; lower "
-                "optim.base_lr, set optim.clip_grad, or look at these samples, then start the same command again"
-            ) from None
+            raise self._broken(f"{error}, also after going back to a checkpoint") from None
         folder, saved = found
         logger.warning("%s; going back to %s, these steps will make no update", error, folder.name)
         self.strategy.load(saved.weights, saved.optimizer)
@@ -196,6 +196,12 @@ class Trainer:
         self.flags, self.rolled_back, self.saved = Flags(self.device), True, saved.step
         self.log.rewind(saved.step)
         return saved.step
+
+    def _broken(self, what: str) -> FloatingPointError:
+        return FloatingPointError(
+            f"{what}; the samples are named in {self.skips.path}; lower optim.base_lr, set optim.clip_grad, or look at "
+            "these samples, and start a new run"
+        )
 
     def _seed(self, step: int) -> None:
         seed = derive_seed(self.seed, STEP_SEED, step, distributed.rank())
