@@ -107,6 +107,9 @@ def measure(name: str, processes: int, words: list[str], folder: Path) -> dict[s
 
 def main(words: list[str]) -> None:
     """Measure the strategies one after the other and print the table."""
+    if {"-h", "--help"} & set(words):
+        print(__doc__)
+        return
     options = {"processes": "2", "steps": "8", "only": ",".join(STRATEGIES), "json": ""}
     rest: list[str] = []
     for word in words:

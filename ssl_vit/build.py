@@ -14,7 +14,7 @@ import torch
 
 from ssl_vit.config import InputError, plain
 from ssl_vit.data.index import Index
-from ssl_vit.data.loader import Pixels
+from ssl_vit.data.loader import IMAGENET_MEAN, IMAGENET_STD, Pixels
 from ssl_vit.data.order import Order, Stream, derive_seed
 from ssl_vit.data.sources import open_source
 from ssl_vit.encoders.base import Encoder, create_encoder
@@ -25,7 +25,6 @@ from ssl_vit.recipe import DataSection, EvaluationRecipe, Recipe, RunSection, ev
 
 logger = logging.getLogger(__name__)
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LABEL_FREE_IMAGES = 2048
 MOST_WORKERS = 16
 

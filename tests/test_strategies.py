@@ -14,9 +14,11 @@ import torch
 from conftest import ROOT, run_python, tiny_recipe, write_images
 from group import train
 
-from ssl_vit.config import InputError, to_yaml
+from ssl_vit.config import InputError, check, to_yaml
+from ssl_vit.export.command import ExportOptions, export
 from ssl_vit.objectives.base import Objective
 from ssl_vit.objectives.mae import MAE
+from ssl_vit.recipe import check_recipe
 from ssl_vit.training.checkpoint import read_checkpoint
 from ssl_vit.training.launch import Launch
 from ssl_vit.training.metrics import read_metrics
@@ -195,6 +197,31 @@ def test_the_export_is_of_whole_weights(group: tuple[str, Path], single: Path) -
     torch.testing.assert_close(features[0], features[1], rtol=1e-3, atol=1e-3)
     result = json.loads((folder / "fresh" / "result.json").read_text())
     assert result["export_difference"] <= 1e-5
+
+
+def test_any_checkpoint_is_exported_and_judged(group: tuple[str, Path], data: Path, tmp_path: Path) -> None:
+    """Consolidation: from the middle of a run of any strategy, in one process without a launcher."""
+    from safetensors.torch import load_file
+
+    from ssl_vit.recipe import EvaluationRecipe
+    from ssl_vit.run import evaluate
+
+    _, folder = group
+    checkpoint = folder / "fresh" / "checkpoints" / "step_00000012"
+    export(checkpoint, tmp_path / "encoder", ExportOptions())
+    export(checkpoint, tmp_path / "encoder.safetensors", ExportOptions(format="state_dict"))
+    weights = load_file(tmp_path / "encoder.safetensors")
+    saved = read_checkpoint(checkpoint).weights
+    assert all(torch.equal(tensor, saved[f"encoder.model.{name}"]) for name, tensor in weights.items())
+    with pytest.raises(InputError, match="is there already"):
+        export(checkpoint, tmp_path / "encoder", ExportOptions())
+    values = {
+        "encoder": {"init": str(checkpoint)}, "evals": {"knn": {"k": [5]}}, "mixed_precision": "no",
+        "run": {"dir": str(tmp_path / "judged"), "tensorboard": False},
+        "data": {"train": f"folder:{data}", "val": f"folder:{data}"},
+    }  # fmt: skip
+    evaluate(check_recipe(check(EvaluationRecipe, values)))
+    assert 0 < json.loads((tmp_path / "judged" / "result.json").read_text())["evaluations"]["final"]["knn/top1"] <= 1
 
 
 def test_bf16_keeps_weights_in_full_precision(group: tuple[str, Path], single: Path) -> None:

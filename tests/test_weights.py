@@ -329,3 +329,17 @@ def test_encoder_config_says_what_it_cannot_know(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(InputError, match=r"not the config\.json of a timm folder"):
         encoder_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.ones(0), "without elements, as placeholders of sharded weights are"),
+        (torch.tensor(float("nan")), "not finite"),
+    ],
+)
+def test_weights_that_are_no_numbers_are_refused(tensor: torch.Tensor, message: str, tmp_path: Path) -> None:
+    """B62."""
+    torch.save({"model": {"norm.weight": torch.ones(4), "norm.bias": tensor}}, tmp_path / "w.pth")
+    with pytest.raises(InputError, match=rf"{message}.*norm\.bias"):
+        load_state(tmp_path / "w.pth")

@@ -36,7 +36,7 @@ def pack_main(argv: Sequence[str] | None = None) -> None:
         pack(words[0], Path(words[1]).expanduser(), **options.model_dump())
 
     source = "SOURCE is PATH or folder:PATH, hf:NAME_OR_PATH[:SPLIT], builtin:digits, builtin:digits-train or -test."
-    _main("pack.py", f"Pack images into a folder of shards.\n{source}", ["SOURCE", "OUT"], PackOptions, run, argv)
+    command("pack.py", f"Pack images into a folder of shards.\n{source}", ["SOURCE", "OUT"], PackOptions, run, argv)
 
 
 def index_main(argv: Sequence[str] | None = None) -> None:
@@ -55,7 +55,7 @@ def index_main(argv: Sequence[str] | None = None) -> None:
         labels = f"{len(set(index.samples['label'].tolist()))} labels" if index.labelled else "unlabelled"
         say(f"{folder}: indexed {len(index)} samples in {len(shards)} shards, {labels}")
 
-    _main("index.py", "Index a folder of tar shards, made by anybody.", ["SHARDS"], IndexOptions, run, argv)
+    command("index.py", "Index a folder of tar shards, made by anybody.", ["SHARDS"], IndexOptions, run, argv)
 
 
 def verify_main(argv: Sequence[str] | None = None) -> None:
@@ -70,7 +70,9 @@ def verify_main(argv: Sequence[str] | None = None) -> None:
         if findings:
             raise InputError(f"{folder}: {len(findings)} findings; pack again, or copy the named shards again")
 
-    _main("verify.py", "Check shards against their index and decode all images.", ["SHARDS"], VerifyOptions, run, argv)
+    command(
+        "verify.py", "Check shards against their index and decode all images.", ["SHARDS"], VerifyOptions, run, argv
+    )
 
 
 def _class_names(file: Path | None, folder: Path) -> list[str] | None:
@@ -85,7 +87,7 @@ def _class_names(file: Path | None, folder: Path) -> list[str] | None:
         raise InputError(f"classes={file}: cannot be read: {error}") from None
 
 
-def _main(
+def command(
     name: str,
     text: str,
     places: list[str],
@@ -93,7 +95,16 @@ def _main(
     run: Callable[[list[str], Options], None],
     argv: Sequence[str] | None,
 ) -> None:
-    """Parse, run, and end with exit code 2 and one message if the input is bad."""
+    """Parse ``argv``, run, and end with exit code 2 and one message if the input is bad.
+
+    Args:
+        name: of the pipeline.
+        text: what it does, the head of its help.
+        places: words it needs, by name.
+        section: its settings.
+        run: called with the words and the checked settings.
+        argv: the command line; default: this process's.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     usage = f"usage: python pipelines/{name} {' '.join(places)} [key=value ...]"
     if {"--help", "-h"} & set(words):
