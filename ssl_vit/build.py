@@ -57,6 +57,7 @@ def build_objective(recipe: Recipe) -> Objective:
     arguments = {key: value for key, value in recipe.objective.items() if key not in ("name", "init")}
     objective = constructed("objective", lambda: objective_class(recipe)(encoder, **arguments))
     _fill_from_init(objective.encoder, recipe.encoder)
+    objective.encoder_filled()
     if recipe.objective.get("init"):
         logger.info("objective.init: %s", fill_objective(objective, Path(recipe.objective["init"])))
     return objective

@@ -50,7 +50,7 @@ def run(recipe: Recipe, resume: str = "auto") -> None:
             logger.info("run.dir=%s: this run is finished; nothing to do", folder.path)
             return report(folder)
         objective = build.build_objective(recipe)
-        launch.check(objective)
+        launch.check(objective, recipe.optim.clip_mode)
         sets = build.open_sets(recipe.data)
         stream = sets.stream(recipe)
         plan = Plan(recipe.optim, stream.epoch_size, micro, launch.num_ranks)

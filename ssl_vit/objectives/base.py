@@ -35,6 +35,8 @@ class Progress(NamedTuple):
 class Objective(nn.Module):
     """A training objective; as it is, an encoder to be measured.
 
+    ``resting``, set by before_step, are parameters that the next step leaves alone although they have gradients.
+
     What a new objective defines, and who calls it:
 
         views(img_size)         run        picklable callable, decoded sample -> dict of tensors (no batch axis)
@@ -43,6 +45,7 @@ class Objective(nn.Module):
         pictures(batch)         evaluations, {name: (B, C, H, W)} in the image's own scale; optional
         before_step(progress)   trainer    sets all that is scheduled
         after_step(applied)     trainer    EMA, centres
+        encoder_filled()        build      encoder.init has filled the encoder; copies of it follow
         no_weight_decay()       optimizer  parameter names exempt beside biases and 1-D parameters
 
     Args:
@@ -55,6 +58,7 @@ class Objective(nn.Module):
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
         self.encoder = encoder
+        self.resting: tuple[nn.Parameter, ...] = ()
         self._frozen: list[nn.Module] = []
 
     def forward(self, batch: dict[str, Tensor], call: str = "loss") -> Any:
@@ -89,6 +93,9 @@ class Objective(nn.Module):
         Args:
             applied: scalar on the device, 1 if the optimizer made its step, 0 if it was skipped: then nothing may move.
         """
+
+    def encoder_filled(self) -> None:
+        """Called once after ``encoder.init`` has filled the encoder: whatever starts as its copy is copied again."""
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are not decayed, beside biases and 1-D parameters."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, field_validator
-from torch import nn
+from torch import Tensor, nn
 
 from ssl_vit.config import Duration, DurationField, Section
+from ssl_vit.training.schedules import warmup_cosine
 
 
 class OptimSection(Section):
@@ -24,9 +25,11 @@ class OptimSection(Section):
         warmup_epochs: linear warm-up from 0
         schedule: after the warm-up, per step
         weight_decay: not applied to biases and other one-dimensional parameters
+        weight_decay_end: weight decay at the end, reached per step on half a cosine; null: constant
         betas: AdamW's; SGD uses the first as momentum
         eps: AdamW's
-        clip_grad: largest norm of all gradients together; null: no clipping
+        clip_grad: largest norm of the gradients; null: no clipping
+        clip_mode: norm: all gradients together; per_parameter: the gradient of each parameter for itself
         max_skips: after so many steps in a row with a loss or gradients that are not finite, go back to a checkpoint
     """
 
@@ -39,9 +42,11 @@ class OptimSection(Section):
     warmup_epochs: DurationField = Duration(40, "epochs")
     schedule: Literal["cosine", "constant"] = "cosine"
     weight_decay: float = Field(default=0.05, ge=0)
+    weight_decay_end: float | None = Field(default=None, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
     clip_grad: float | None = Field(default=None, gt=0)
+    clip_mode: Literal["norm", "per_parameter"] = "norm"
     max_skips: int = Field(default=10, ge=1)
 
     @field_validator("betas")
@@ -66,7 +71,7 @@ def is_decayed(name: str, parameter: nn.Parameter, exempt: frozenset[str] | set[
 
 
 def parameter_groups(objective: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups of the trainable parameters, decayed and not; each lists its ``names`` in the module's order."""
+    """Two groups of the trainable parameters, ``decayed`` and not; each lists its ``names`` in the module's order."""
     exempt = objective.no_weight_decay()  # pyright: ignore[reportCallIssue]
     trainable = [(name, p) for name, p in objective.named_parameters() if p.requires_grad]
     groups = []
@@ -78,6 +83,7 @@ def parameter_groups(objective: nn.Module, weight_decay: float) -> list[dict]:
                     "params": [p for _, p in chosen],
                     "names": [name for name, _ in chosen],
                     "weight_decay": weight_decay if decayed else 0.0,
+                    "decayed": decayed,
                 }
             )
     return groups
@@ -91,3 +97,39 @@ def build_optimizer(objective: nn.Module, optim: OptimSection) -> torch.optim.Op
     if optim.name == "sgd":
         return torch.optim.SGD(groups, lr=absolute_lr(optim), momentum=optim.betas[0], fused=True)
     return torch.optim.AdamW(groups, lr=absolute_lr(optim), betas=optim.betas, eps=optim.eps, fused=True)
+
+
+def set_schedule(groups: list[dict[str, Any]], optim: OptimSection, lr: float, fraction: float) -> None:
+    """Give the optimizer's groups the learning rate and weight decay of a step.
+
+    Args:
+        groups: of :func:`parameter_groups`; a group's ``lr_scale`` multiplies its learning rate.
+        optim: the recipe's section.
+        lr: learning rate of the step.
+        fraction: share of the run done, 0 to 1.
+    """
+    for group in groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+        if optim.weight_decay_end is not None and group["decayed"]:
+            # half a cosine without warm-up (DINO, arXiv 2104.14294, section 3.2)
+            group["weight_decay"] = warmup_cosine(fraction, 1.0, 0.0, optim.weight_decay, optim.weight_decay_end)
+
+
+@torch.no_grad()
+def clip_gradients(parameters: list[nn.Parameter], norm: Tensor, optim: OptimSection) -> None:
+    """Clip the gradients as the recipe says; nothing waits for the device.
+
+    Args:
+        parameters: those without a gradient are left out.
+        norm: of all gradients together, ().
+        optim: the recipe's section; without ``clip_grad`` nothing is clipped.
+    """
+    if optim.clip_grad is None:
+        return
+    if optim.clip_mode == "norm":
+        torch.nn.utils.clip_grads_with_norm_(parameters, optim.clip_grad, norm, foreach=True)
+        return
+    # DINO's and iBOT's published way: min(1, clip / (norm + 1e-6)) of each parameter for itself
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norms = torch.stack(torch._foreach_norm(gradients))
+    torch._foreach_mul_(gradients, list((optim.clip_grad / (norms + 1e-6)).clamp(max=1.0).unbind()))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ssl_vit import distributed
 from ssl_vit.objectives.base import Objective
-from ssl_vit.training.optim import OptimSection, build_optimizer
+from ssl_vit.training.optim import OptimSection, build_optimizer, clip_gradients
 
 OptimizerState = dict[str, dict[str, Tensor]]
 """Parameter name -> name in the optimizer (``exp_avg``, ``step`` ...) -> tensor, whole and on the CPU."""
@@ -70,8 +70,9 @@ class Strategy:
         parameters = list(self.named.values())
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
         norm = whole(norm)
-        if self.optim.clip_grad is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.optim.clip_grad, norm, foreach=True)
+        clip_gradients(parameters, norm, self.optim)
+        for parameter in self.objective.resting:
+            parameter.grad = None
         skipped = (~norm.isfinite()).float()
         # fused optimizers look at the flag on the device: nobody waits
         self.optimizer.found_inf = skipped  # pyright: ignore[reportAttributeAccessIssue]

@@ -18,6 +18,7 @@ from ssl_vit.data.order import derive_seed
 from ssl_vit.data.views import seed_generators
 from ssl_vit.training.checkpoint import Checkpoints
 from ssl_vit.training.metrics import MetricsLog
+from ssl_vit.training.optim import set_schedule
 from ssl_vit.training.plan import Plan
 from ssl_vit.training.signals import Flags, Interrupted, Preempted, StopRequest
 from ssl_vit.training.skips import Diverged, Skips
@@ -109,8 +110,7 @@ class Trainer:
             # schedules
             self.objective.before_step(plan.progress(step))
             lr = plan.learning_rate(step)
-            for group in self.strategy.param_groups:
-                group["lr"] = lr * group.get("lr_scale", 1.0)
+            set_schedule(self.strategy.param_groups, plan.optim, lr, plan.progress(step).fraction)
 
             # micro-batches: forward and backward
             losses, metrics = [], {}
