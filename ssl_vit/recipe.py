@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from ssl_vit.config import (
     Duration,
@@ -19,6 +19,8 @@ from ssl_vit.config import (
 from ssl_vit.training.optim import OptimSection
 
 Sources = str | list[str]
+Precision = Annotated[Literal["bf16", "no", "auto"], BeforeValidator(lambda value: "no" if value is False else value)]
+"""YAML reads a bare ``no`` as false."""
 
 
 class DataSection(Section):
@@ -108,7 +110,7 @@ class Recipe(Section):
     """
 
     seed: int = Field(default=0, ge=0)
-    mixed_precision: Literal["bf16", "no", "auto"] = "auto"
+    mixed_precision: Precision = "auto"
     objective: dict[str, Any]
     encoder: dict[str, Any]
     data: DataSection = Field(default_factory=lambda: DataSection())
@@ -128,7 +130,7 @@ class EvaluationRecipe(Section):
     """
 
     seed: int = Field(default=0, ge=0)
-    mixed_precision: Literal["bf16", "no", "auto"] = "auto"
+    mixed_precision: Precision = "auto"
     encoder: dict[str, Any]
     data: DataSection = Field(default_factory=lambda: DataSection())
     evals: dict[str, dict[str, Any] | None] = Field(default_factory=dict)

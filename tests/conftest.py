@@ -13,7 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
+import ssl_vit.objectives
+
 ROOT = Path(__file__).resolve().parents[1]
+ssl_vit.objectives.__path__.append(str(ROOT / "tests" / "parts"))  # objectives that only tests use
 SHARED_DATA = ROOT.parent / "shared" / "data"
 TINY_ENCODER = {
     "name": "vit_tiny_patch16_224", "img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3,

@@ -15,11 +15,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import conftest  # noqa: F401  the objectives of tests
 import torch
 
 from ssl_vit import distributed
 from ssl_vit.config import check, load
-from ssl_vit.objectives.mae import MAE
+from ssl_vit.objectives.base import Objective
 from ssl_vit.recipe import Recipe, check_recipe
 from ssl_vit.run import run
 from ssl_vit.training.strategies import whole
@@ -39,37 +40,38 @@ def weights_hash(trainer: Trainer) -> str:
     return digest.hexdigest()
 
 
-def poisoned(steps: list[int]) -> Any:
-    """MAE.loss, infinite in some steps."""
-    loss, calls = MAE.loss, {"step": 0}
+def infinite(trainer: Trainer, steps: list[int]) -> None:
+    """Make the loss of some steps infinite on the last process."""
+    objective: Objective = trainer.strategy.objective
+    loss, before_step, now = objective.loss, objective.before_step, {"step": 0}  # pyright: ignore
 
-    def before_step(self: MAE, progress: Any) -> None:
-        calls["step"] = progress.step + 1
+    def noted(progress: Any) -> None:
+        now["step"] = progress.step + 1
+        before_step(progress)
 
-    def infinite(self: MAE, batch: dict[str, Any]) -> Any:
-        value, metrics = loss(self, batch)
-        bad = calls["step"] in steps and distributed.rank() == distributed.world_size() - 1
+    def poisoned(batch: dict[str, Any]) -> Any:
+        value, metrics = loss(batch)
+        bad = now["step"] in steps and distributed.rank() == distributed.world_size() - 1
         return value * (float("inf") if bad else 1.0), metrics
 
-    MAE.before_step, MAE.loss = before_step, infinite
-    return loss
+    objective.before_step, objective.loss = noted, poisoned  # pyright: ignore
 
 
 def train(job: dict[str, Any]) -> None:
     recipe = check_recipe(check(Recipe, load([Path(job["recipe"])], [])))
     seen: list[Trainer] = []
-    fit, loss = Trainer.fit, poisoned(job.get("poison", []))
+    fit = Trainer.fit
 
     def watched(self: Trainer) -> None:
         seen.append(self)
+        infinite(self, job.get("poison", []))
         fit(self)
 
     Trainer.fit = watched
     try:
         run(recipe, job.get("resume", "auto"))
     finally:
-        Trainer.fit, MAE.loss = fit, loss
-        del MAE.before_step
+        Trainer.fit = fit
     (Path(recipe.run.dir) / f"weights_{distributed.rank()}.txt").write_text(weights_hash(seen[0]))
 
 

@@ -166,3 +166,11 @@ def test_parts_are_chosen_by_file_name() -> None:
         import_part("ssl_vit.objectives", "maee", "objective.name", "Objective")
     with pytest.raises(InputError, match="no such part"):
         import_part("ssl_vit.objectives", "base", "objective.name", "Objective")
+
+
+def test_a_bare_no_is_a_precision() -> None:
+    """YAML reads ``mixed_precision=no`` as false."""
+    from ssl_vit.recipe import Recipe
+
+    values = load([], ["mixed_precision=no"])
+    assert check(Recipe, {**values, "objective": {}, "encoder": {}}).mixed_precision == "no"

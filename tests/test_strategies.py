@@ -31,7 +31,9 @@ STRATEGIES = {
     "zero3": ("zero3", "DEEPSPEED, ZeRO-3"),
     "fsdp2": ("fsdp2", "MULTI_CPU, FSDP2"),
 }
+WHOLE = ("ddp", "zero1", "zero2")
 STEPS, POISON = 20, [5, 9]
+EMA = {"name": "ema_mae"}
 EVALS = {"knn": {"k": [5]}, "linear": {}, "rank": {}}
 
 
@@ -64,6 +66,7 @@ def single(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     train(job(data, folder, "fresh"))
     train(job(data, folder, "poisoned", poison=POISON))
+    train(job(data, folder, "ema", objective=EMA, poison=POISON))
     return folder
 
 
@@ -79,6 +82,10 @@ def group(
         job(data, folder, "onwards", resume=str(single / "fresh" / "checkpoints" / "step_00000008")),
         job(data, folder, "poisoned", poison=POISON),
     ]
+    if request.param in WHOLE:
+        jobs.append(job(data, folder, "ema", objective=EMA, poison=POISON))
+        path = single / "ema" / "checkpoints" / "step_00000008"
+        jobs.append(job(data, folder, "ema_onwards", objective=EMA, poison=POISON, resume=str(path)))
     if request.param in ("ddp", "zero2"):
         jobs.append(job(data, folder, "bf16", mixed_precision="bf16"))
     (folder / "jobs.json").write_text(json.dumps(jobs))
@@ -183,6 +190,27 @@ def test_a_loss_on_one_process_is_skipped_by_all(group: tuple[str, Path], single
         assert sorted(named[0]["samples"]) == samples(single / "fresh")[POISON[0]]
         assert read_checkpoint(run / "poisoned" / "checkpoints" / "step_00000012").state["skipped"] == POISON
         assert lines(run / "poisoned", training=True)[-1]["skipped"] == 2
+
+
+def test_a_teacher_and_a_centre_are_the_same_everywhere(group: tuple[str, Path], single: Path) -> None:
+    """An EMA objective with two skipped steps: losses, teacher and centre of one process, also after a resume."""
+    name, folder = group
+    if name not in WHOLE:
+        pytest.skip("refused: see test_an_ema_in_parts_is_refused")
+    expected = losses(single / "ema")
+    keep = [i for i in range(STEPS) if i + 1 not in POISON]
+    assert [losses(folder / "ema")[i] for i in keep] == pytest.approx([expected[i] for i in keep], rel=1e-5)
+    onwards = [loss for step, loss in enumerate(losses(folder / "ema_onwards"), start=9) if step not in POISON]
+    assert onwards == pytest.approx([expected[i] for i in keep if i >= 8], rel=1e-5)
+    for run in ("ema", "ema_onwards"):
+        here, there = (
+            read_checkpoint(f / "checkpoints" / "step_00000020").weights for f in (folder / run, single / "ema")
+        )
+        for key in ("centre", "teacher.model.blocks.0.mlp.fc1.weight", "teacher.model.patch_embed.proj.weight"):
+            torch.testing.assert_close(here[key], there[key], rtol=1e-4, atol=1e-5)
+        assert not torch.equal(here["teacher.model.blocks.0.mlp.fc1.weight"],
+                               here["encoder.model.blocks.0.mlp.fc1.weight"])  # fmt: skip
+        assert (folder / run / "weights_0.txt").read_text() == (folder / run / "weights_1.txt").read_text()
 
 
 def test_the_export_is_of_whole_weights(group: tuple[str, Path], single: Path) -> None:

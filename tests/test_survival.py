@@ -42,11 +42,12 @@ def start_child(values: dict[str, Any]) -> int:
     return child
 
 
-def test_ten_kills_leave_no_trace(images: Path, tmp_path: Path) -> None:
-    """kill -9 at ten random moments, three of them while a checkpoint is being written."""
-    values = tiny_recipe(
-        images, tmp_path / "straight", evals={"rank": {"every": "25 steps"}}, optim__epochs="200 steps"
-    )
+@pytest.mark.parametrize("objective", ["mae", "ema_mae"])
+def test_ten_kills_leave_no_trace(objective: str, images: Path, tmp_path: Path) -> None:
+    """kill -9 at ten random moments, three of them while a checkpoint is being written; also with an EMA teacher."""
+    evals = {"rank": {"every": "25 steps"}}
+    values = tiny_recipe(images, tmp_path / "straight", evals=evals, optim__epochs="200 steps")
+    values["objective"]["name"] = objective
     values["run"] |= {"save_every": "2 steps"}
     straight = train(values)
     broken = tmp_path / "broken"

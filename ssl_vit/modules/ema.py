@@ -1,5 +1,7 @@
 """Teachers that are the exponential moving average of a student."""
 
+# pyright: reportPrivateImportUsage=false
+# torch has no public names for its operations on lists of tensors
 from __future__ import annotations
 
 import torch
@@ -33,7 +35,8 @@ class EMA:
             momentum: m.
             applied: (), 1: average; 0: leave everything as it is.
         """
-        averages, weights = list(self.teacher.parameters()), list(student.parameters())
+        averages: list[Tensor] = list(self.teacher.parameters())
+        weights: list[Tensor] = list(student.parameters())
         # one rounding each, from float64, as if the factors were numbers: at m near 1 it shows
         gain = applied.double() * (1 - momentum)
         kept, gain = (1 - gain).to(averages[0].dtype), gain.to(averages[0].dtype)

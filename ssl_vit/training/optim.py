@@ -1,5 +1,7 @@
 """The optimizer and its parameter groups."""
 
+# pyright: reportPrivateImportUsage=false
+# torch has no public names for its operations on lists of tensors
 from __future__ import annotations
 
 from typing import Any, Literal
