@@ -3,8 +3,8 @@
     python pipelines/plan.py --config configs/pretrain/mae_vit_huge_patch14_in1k.yaml gpus=8 gpu_memory=80
         nothing is allocated: ViT-H takes seconds on a laptop
     ... mfu=0.4 peak_tflops=312     an A100 that reaches 40 %
-    ... json_output=true            for scripts
-    ... measure=true                also run a few steps on this machine's GPU
+    ... --json                      for scripts
+    ... --measure                   also run a few steps on this machine's GPU
 
 Takes the same --config and key=value as the pipeline that it plans.
 """

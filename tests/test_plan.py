@@ -129,7 +129,7 @@ def test_the_command(tmp_path: Path, images: Path) -> None:
 
     pack(str(images), tmp_path / "shards")
     words = ["--config", "configs/pretrain/mae_vit_tiny_cifar10.yaml", f"data.train={tmp_path / 'shards'}", "gpus=2"]
-    done = plan(*words, "optim.batch_size=64", "optim.epochs=200", "--json_output=true")
+    done = plan(*words, "optim.batch_size=64", "optim.epochs=200", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert (found["images"], found["images_from"], found["batch_size"]) == (72, "data.train", 64)
@@ -143,11 +143,11 @@ def test_the_command(tmp_path: Path, images: Path) -> None:
         (["gpus=0"], "gpus"),
         (["gpus=7"], "optim.batch_size=4096: should be a multiple of the 7 processes; nearest: 4095"),
         (["gpu_memroy=80"], "gpu_memroy"),
-        (["measure=true"], "has no CUDA GPU"),
+        (["--measure"], "has no CUDA GPU"),
     ],
 )
 def test_bad_input_is_one_message(words: list[str], message: str) -> None:
-    if words == ["measure=true"] and torch.cuda.is_available():
+    if words == ["--measure"] and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     done = plan(*words)
     assert done.returncode == 2

@@ -264,6 +264,19 @@ def test_bf16_keeps_weights_in_full_precision(group: tuple[str, Path], single: P
     assert {t.dtype for t in saved.weights.values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("file", sorted((ROOT / "configs" / "accelerate").glob("*.yaml")), ids=lambda file: file.stem)
+def test_accelerate_reads_every_configuration(file: Path) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(file))
+    assert f"`{file.name}`" in (ROOT / "README.md").read_text(), "one line in the README for each"
+    deepspeed = getattr(config, "deepspeed_config", None) or {}
+    assert bool(deepspeed) == file.stem.startswith("zero")
+    if deepspeed:
+        stage = json.loads((ROOT / deepspeed["deepspeed_config_file"]).read_text())["zero_optimization"]["stage"]
+        assert file.stem == f"zero{stage}"
+
+
 def launch(monkeypatch: pytest.MonkeyPatch, **variables: str) -> Launch:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

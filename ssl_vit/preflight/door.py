@@ -20,6 +20,8 @@ def main(doc: str | None, pipeline: str, default: str) -> None:
     try:
         arguments = Arguments.parse(sys.argv[1:])
         own = set(PlanSection.model_fields)
+        short = {"--measure": "measure=true", "--json": "json_output=true"}
+        arguments.words = [short.get(word, word) for word in arguments.words]
         machine_words = [w for w in arguments.words if w.lstrip("-").partition("=")[0] in own]
         words = [w for w in arguments.words if w not in machine_words]
         files = [find_recipe(file, configs) for file in arguments.files] or [configs / default]
