@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, TINY_DECODER, tiny_recipe
+from conftest import ROOT, TINY_DECODER, TINY_SWIN, tiny_recipe
 
 from ssl_vit.build import build_encoder, build_evaluations, build_objective
 from ssl_vit.config import check, load, to_yaml
@@ -55,8 +55,13 @@ def test_builds_on_the_meta_device(file: Path) -> None:
 def test_takes_one_step_at_tiny_size(file: Path, images: Path, tmp_path: Path) -> None:
     values = load([file], [])
     tiny = tiny_recipe(images, tmp_path / "run", evals={})
-    values["encoder"] |= {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "in_chans": 3}
-    values["objective"] |= TINY_DECODER
+    values["encoder"] |= {"img_size": 32, "in_chans": 3}
+    if "patch_size" in values["encoder"]:
+        values["encoder"] |= {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+    if "first_patch_size" in values["encoder"]:
+        values["encoder"] |= TINY_SWIN
+    values["objective"] |= TINY_DECODER if values["objective"]["name"] == "mae" else {}
+    values["objective"] |= {"mask_unit": 8} if values["objective"]["name"] == "simmim" else {}
     values["data"] |= {"train": tiny["data"]["train"], "val": tiny["data"]["val"], "mean": [0.5] * 3, "std": [0.5] * 3}
     values["optim"] |= {"batch_size": 8, "epochs": "1 steps", "warmup_epochs": 0}
     values["run"], values["evals"] = tiny["run"], {"knn": {}}

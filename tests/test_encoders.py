@@ -103,7 +103,7 @@ def test_fixed_table_is_not_trained_and_learned_is() -> None:
     ("changes", "message"),
     [
         ({"name": "vit_bsae_patch16_224"}, "did you mean 'vit_base_patch16"),
-        ({"name": "swin_tiny_patch4_window7_224"}, "no encoder is built from 'swin_tiny_patch4_window7_224'"),
+        ({"name": "resmlp_12_224"}, "no encoder is built from 'resmlp_12_224'"),
         ({"img_size": 100}, "img_size=100: its height 100.*patch_size=8; nearest: 96"),
         ({"img_size": (32, 20)}, "its width 20"),
         ({"img_size": 4}, "nearest: 8"),

@@ -15,8 +15,8 @@ from ssl_vit.data.loader import Pixels, TrainBatches
 from ssl_vit.objectives.base import CALLS, Objective, Progress
 from ssl_vit.recipe import Recipe, check_recipe
 
-NAMES = part_names("ssl_vit.objectives", "Objective")
-TINY = {"mae": TINY_DECODER}
+NAMES = [name for name in part_names("ssl_vit.objectives", "Objective") if name != "ema_mae"]
+TINY = {"mae": TINY_DECODER, "simmim": {"mask_unit": 8}}
 """Constructor arguments that make an objective tiny; one without an entry is built with its defaults."""
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -34,3 +36,39 @@ def random_mask(grid_size: tuple[int, int], mask_ratio: float) -> Tensor:
     mask = torch.ones(num_patches, dtype=torch.bool)
     mask[torch.rand(num_patches).argsort()[:keep]] = False
     return mask
+
+
+def unit_mask(img_size: tuple[int, int], unit: int, stride: int, mask_ratio: float) -> Tensor:
+    """Random mask of large square units, given at a finer grid (SimMIM, arXiv 2111.09886, section 3.2).
+
+    ``ceil(N * mask_ratio)`` of the N units are masked.
+
+    Args:
+        img_size: (H, W) in pixels, multiples of ``unit``.
+        unit: side of a unit in pixels.
+        stride: side of the patches that the mask is given for; divides ``unit``.
+        mask_ratio: share of the units that are masked.
+
+    Returns:
+        bool (H / stride * W / stride,), row by row.
+    """
+    height, width = img_size[0] // unit, img_size[1] // unit
+    mask = torch.zeros(height * width, dtype=torch.bool)
+    mask[torch.rand(height * width).argsort()[: masked_units(height * width, mask_ratio)]] = True
+    times = unit // stride
+    return mask.view(height, width).repeat_interleave(times, 0).repeat_interleave(times, 1).flatten()
+
+
+def masked_units(num_units: int, mask_ratio: float) -> int:
+    """``ceil(N * mask_ratio)``, SimMIM's rule.
+
+    Raises:
+        ValueError: nothing would be masked, or everything.
+    """
+    count = math.ceil(num_units * mask_ratio)
+    if not 0 < count < num_units:
+        raise ValueError(
+            f"mask_ratio={mask_ratio}: {count} of {num_units} units would be masked; allowed: a ratio that leaves at "
+            "least one unit visible and one masked, e.g. 0.6 of 4 or more units (a smaller mask_unit makes more)"
+        )
+    return count

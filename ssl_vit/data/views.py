@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssl_vit.data.masking import random_mask
+from ssl_vit.data.masking import random_mask, unit_mask
 
 
 def seed_generators(seed: int) -> None:
@@ -91,6 +91,26 @@ class MaskedView(CropView):
     def __call__(self, sample: dict[str, Any]) -> dict[str, Tensor]:
         """``image`` uint8 (C, H, W) and ``mask`` bool (N,)."""
         return {"image": self.crop(sample["image"]), "mask": random_mask(self.grid_size, self.mask_ratio)}
+
+
+@dataclass(frozen=True)
+class UnitMaskedView(CropView):
+    """A crop and a random mask of large units (SimMIM, arXiv 2111.09886).
+
+    Args:
+        unit: side of a unit in pixels.
+        stride: side of the patches that the mask is given for.
+        mask_ratio: share of the units that are masked.
+    """
+
+    unit: int
+    stride: int
+    mask_ratio: float
+
+    def __call__(self, sample: dict[str, Any]) -> dict[str, Tensor]:
+        """``image`` uint8 (C, H, W) and ``mask`` bool (M,)."""
+        mask = unit_mask(self.img_size, self.unit, self.stride, self.mask_ratio)
+        return {"image": self.crop(sample["image"]), "mask": mask}
 
 
 @dataclass(frozen=True)

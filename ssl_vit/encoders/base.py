@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ssl_vit.config import nearest
 
-FAMILIES = {"vit_": "ssl_vit.encoders.vit:ViT"}
+FAMILIES = {"vit_": "ssl_vit.encoders.vit:ViT", "swin_": "ssl_vit.encoders.swin:Swin"}
 """First letters of the timm names and the class that builds them."""
 
 
@@ -33,7 +33,8 @@ class Encoder(nn.Module):
         name: its timm architecture.
         embed_dim: width of the pooled feature.
         token_dim: width of the tokens.
-        patch_size: side of a patch in pixels.
+        patch_size: pixels that an output token stands for, a side.
+        mask_stride: pixels that an entry of a mask stands for, a side.
         grid_size: (h, w) patches.
         img_size: (H, W) pixels.
         in_chans: channels of the image.
@@ -47,6 +48,7 @@ class Encoder(nn.Module):
     embed_dim: int
     token_dim: int
     patch_size: int
+    mask_stride: int
     grid_size: tuple[int, int]
     img_size: tuple[int, int]
     in_chans: int

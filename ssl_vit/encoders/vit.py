@@ -99,6 +99,7 @@ class ViT(Encoder):
         self.model = timm.create_model(architecture, drop_path_rate=self.drop_path_rate, **arguments)
         self.embed_dim = self.token_dim = embed_dim
         self.patch_size, self.in_chans = patch, cast(int, self._given["in_chans"])
+        self.mask_stride = patch
         self.grid_size = (self.img_size[0] // patch, self.img_size[1] // patch)
         self.num_prefix_tokens = cast(int, self.model.num_prefix_tokens)
         if self.pos_embed == "sincos2d":

@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from ssl_vit.config import Duration, DurationField, Section
@@ -24,8 +24,11 @@ class OptimSection(Section):
         base_lr: peak learning rate per lr_divisor images
         lr_divisor: lr = base_lr * batch_size / lr_divisor; null: base_lr is absolute
         min_lr: absolute learning rate at the end
-        warmup_epochs: linear warm-up from 0
+        warmup_epochs: linear warm-up from warmup_lr
+        warmup_lr: absolute learning rate before the first step
         schedule: after the warm-up, per step
+        milestones: of the multistep schedule
+        gamma: factor of the multistep schedule at each milestone
         weight_decay: not applied to biases and other one-dimensional parameters
         weight_decay_end: weight decay at the end, reached per step on half a cosine; null: constant
         betas: AdamW's; SGD uses the first as momentum
@@ -42,7 +45,10 @@ class OptimSection(Section):
     lr_divisor: int | None = Field(default=256, ge=1)
     min_lr: float = Field(default=0.0, ge=0)
     warmup_epochs: DurationField = Duration(40, "epochs")
-    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_lr: float = Field(default=0.0, ge=0)
+    schedule: Literal["cosine", "constant", "multistep"] = "cosine"
+    milestones: list[DurationField] = Field(default_factory=list)
+    gamma: float = Field(default=0.1, gt=0)
     weight_decay: float = Field(default=0.05, ge=0)
     weight_decay_end: float | None = Field(default=None, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
@@ -57,6 +63,12 @@ class OptimSection(Section):
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError("should be two numbers of at least 0 and below 1")
         return betas
+
+    @model_validator(mode="after")
+    def _milestones(self) -> OptimSection:
+        if (self.schedule == "multistep") != bool(self.milestones):
+            raise ValueError("milestones belong to schedule=multistep, which needs at least one, e.g. milestones=[700]")
+        return self
 
 
 def absolute_lr(optim: OptimSection) -> float:

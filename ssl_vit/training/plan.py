@@ -9,7 +9,7 @@ from ssl_vit.config import Duration, InputError
 from ssl_vit.data.order import steps_of
 from ssl_vit.objectives.base import Progress
 from ssl_vit.training.optim import OptimSection, absolute_lr
-from ssl_vit.training.schedules import SCHEDULES
+from ssl_vit.training.schedules import SCHEDULES, warmup_multistep
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,12 @@ class Plan:
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of the step after ``step`` steps."""
-        schedule = SCHEDULES[self.optim.schedule]
-        return schedule(step, self.total_steps, self.warmup_steps, absolute_lr(self.optim), self.optim.min_lr)
+        optim, peak = self.optim, absolute_lr(self.optim)
+        if optim.schedule == "multistep":
+            milestones = [milestone.steps(self.steps_per_epoch) for milestone in optim.milestones]
+            return warmup_multistep(step, self.warmup_steps, peak, milestones, optim.gamma, optim.warmup_lr)
+        schedule = SCHEDULES[optim.schedule]
+        return schedule(step, self.total_steps, self.warmup_steps, peak, optim.min_lr, optim.warmup_lr)
 
     def ends(self, period: Duration | None) -> Callable[[int], bool]:
         """A function of the steps done: whether a multiple of ``period`` has just ended; None: never."""
