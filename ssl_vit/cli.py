@@ -109,13 +109,11 @@ def pretrain(doc: str | None, pipeline: str, objective: str, default: str, image
 def _other_door(objective: str | None, pipeline: str) -> str:
     """Which pipeline trains an objective: the one beside ``pipeline`` whose call of :func:`pretrain` names it."""
     call = re.compile(r"""cli\.pretrain\(\s*__doc__,\s*__file__,\s*["'](\w+)["']""")
-    doors = {}
-    for file in sorted(Path(pipeline).resolve().parent.glob("*.py")):
-        if found := call.search(file.read_text(encoding="utf-8")):
-            doors[found[1]] = f"pipelines/{file.name}"
-    if objective in doors:
-        return f"use {doors[objective]}"
-    return "there are " + ", ".join(f"{name!r} ({file})" for name, file in doors.items())
+    texts = {
+        file.name: file.read_text(encoding="utf-8") for file in sorted(Path(pipeline).resolve().parent.glob("*.py"))
+    }
+    doors = {found[1]: f"pipelines/{name}" for name, text in texts.items() if (found := call.search(text))}
+    return f"use {doors[objective]}" if objective in doors else f"there are {', '.join(doors.values())}"
 
 
 def evaluate(doc: str | None, pipeline: str, default: str) -> None:

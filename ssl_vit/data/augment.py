@@ -145,7 +145,16 @@ def _rand_augment(config: str, size: int, mean: tuple[float, ...], interpolation
         "img_mean": tuple(min(255, round(255 * value)) for value in mean),
         "interpolation": str_to_pil_interp(interpolation),
     }
-    return rand_augment_transform(config, hparams)
+    transform = rand_augment_transform(config, hparams)
+    for operation in transform.ops:
+        if operation.name.startswith("Posterize"):
+            operation.aug_fn = posterize
+    return transform
+
+
+def posterize(image: Image.Image, bits: int, **unused: Any) -> Image.Image:
+    """The upper ``bits`` of each channel; none of them is black, which Pillow 12 refuses to make."""
+    return ImageOps.posterize(image, min(bits, 8)) if bits > 0 else Image.new(image.mode, image.size)
 
 
 @lru_cache(8)

@@ -52,7 +52,7 @@ class Mixer:
 
             self.mixup = Mixup(
                 section.mixup, section.cutmix, prob=section.prob, switch_prob=section.switch_prob, mode=section.mode,
-                label_smoothing=smoothing, num_classes=num_classes,
+                label_smoothing=0.0, num_classes=num_classes,
             )  # fmt: skip
 
     def __call__(self, image: Tensor, label: Tensor, training: bool) -> tuple[Tensor, Tensor]:
@@ -72,15 +72,17 @@ class Mixer:
             InputError: a batch of an odd number of images, which cannot be paired.
         """
         if self.mixup is None or not training:
-            from timm.data.mixup import mixup_target
-
-            return image, mixup_target(label, self.num_classes, 1.0, self.smoothing)
+            return image, self._smoothed(F.one_hot(label, self.num_classes).to(image.dtype))
         if len(image) % 2:
             raise InputError(
                 f"micro-batch of {len(image)} images: Mixup and CutMix pair them; give an even run.micro_batch_size, "
                 "or objective.mix.mixup=0 objective.mix.cutmix=0"
             )
-        return self.mixup(image.clone(), label)
+        image, target = self.mixup(image.clone(), label)
+        return image, self._smoothed(target.to(image.dtype))
+
+    def _smoothed(self, target: Tensor) -> Tensor:
+        return target * (1 - self.smoothing) + self.smoothing / self.num_classes
 
 
 def soft_loss(logits: Tensor, target: Tensor, kind: Loss) -> Tensor:

@@ -62,17 +62,15 @@ class Teacher(nn.Module):
         self.model = chosen.model
         size: Any = section.img_size or chosen.img_size
         self.img_size = (size, size) if isinstance(size, int) else tuple(size)
-        ours, theirs = (
-            torch.tensor(pair, dtype=torch.float64)[:, :, None, None] for pair in ((mean, std), (own_mean, own_std))
-        )
-        # (x * std + mean - own_mean) / own_std
-        self.register_buffer("scale", (ours[1] / theirs[1]).float(), persistent=False)
-        self.register_buffer("shift", ((ours[0] - theirs[0]) / theirs[1]).float(), persistent=False)
+        # (x * std + mean - own_mean) / own_std; plain numbers, which no cast of the module rounds
+        self.scale = [s / own for s, own in zip(std, own_std, strict=True)]
+        self.shift = [(m - own) / s for m, own, s in zip(mean, own_mean, own_std, strict=True)]
 
     @torch.no_grad()
     def forward(self, image: Tensor) -> Tensor:
         """Logits (B, num_classes) of images (B, C, H, W) normalised for the student."""
-        image = image * self.scale + self.shift
+        scale, shift = (image.new_tensor(numbers).view(-1, 1, 1) for numbers in (self.scale, self.shift))
+        image = image * scale + shift
         if tuple(image.shape[-2:]) != self.img_size:
             image = F.interpolate(image, self.img_size, mode="bicubic", antialias=True, align_corners=False)
         return self.model(image)

@@ -111,4 +111,5 @@ class DeiT(Objective):
             return F.cross_entropy(logits, teacher.argmax(dim=1))
         student, teacher = (each.div(self.temperature).log_softmax(dim=1) for each in (logits, teacher))
         # the published code divides by the number of logits, not of images
-        return F.kl_div(student, teacher, reduction="mean", log_target=True) * self.temperature**2
+        divergence = F.kl_div(student, teacher, reduction="sum", log_target=True)
+        return divergence * self.temperature**2 / logits.numel()
