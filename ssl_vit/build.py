@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import os
 from collections.abc import Callable
@@ -21,7 +22,15 @@ from ssl_vit.encoders.base import Encoder, create_encoder
 from ssl_vit.encoders.weights import encoder_config, fill_encoder, fill_objective
 from ssl_vit.evaluation.base import Evaluation, Subset, split_by_key
 from ssl_vit.objectives.base import Objective
-from ssl_vit.recipe import DataSection, EvaluationRecipe, Recipe, RunSection, evaluation_class, objective_class
+from ssl_vit.recipe import (
+    FILLED,
+    DataSection,
+    EvaluationRecipe,
+    Recipe,
+    RunSection,
+    evaluation_class,
+    objective_class,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +64,11 @@ def build_objective(recipe: Recipe) -> Objective:
     torch.manual_seed(recipe.seed)
     encoder = build_encoder(recipe.encoder)
     arguments = {key: value for key, value in recipe.objective.items() if key not in ("name", "init")}
-    objective = constructed("objective", lambda: objective_class(recipe)(encoder, **arguments))
+    cls = objective_class(recipe)
+    for key in set(FILLED[1:]) & set(inspect.signature(cls).parameters):
+        if (numbers := getattr(recipe.data, key)) is not None:
+            arguments[key] = tuple(numbers)
+    objective = constructed("objective", lambda: cls(encoder, **arguments))
     _fill_from_init(objective.encoder, recipe.encoder)
     objective.encoder_filled()
     if recipe.objective.get("init"):
@@ -164,6 +177,39 @@ def open_sets(data: DataSection) -> Sets:
         return Sets(train, everything, rule, Subset.all(train[0]), everything)
     rule = "probes train on 80 % of data.val, scored on the other 20 % (stratified, by hash of the key)"
     return Sets(train, everything, rule, *split_by_key(everything, 0.2))
+
+
+def resolve_classes(recipe: Recipe) -> None:
+    """An objective with ``num_classes`` learns the classes of ``data.train``; null becomes their number.
+
+    Raises:
+        InputError: training data without labels or with different classes, or other classes in ``data.val``.
+    """
+    data, stated = recipe.data, recipe.objective
+    if "num_classes" not in stated:
+        if "accuracy" in recipe.evals:
+            raise InputError(f"evals.accuracy: objective.name={stated['name']!r} predicts no classes; leave it out")
+        return
+    specs = [data.train] if isinstance(data.train, str) else list(data.train or [])
+    sources = {f"data.train={spec}": open_data(data, spec) for spec in specs}
+    first = next(iter(sources.values()))
+    if data.val is not None and "accuracy" in recipe.evals:
+        sources[f"data.val={data.val}"] = open_data(data, data.val)
+    for name, index in sources.items():
+        missing = int((index.samples["label"] < 0).sum())
+        if missing:
+            raise InputError(
+                f"{name}: {missing} of {len(index)} images have no label, and objective.name={stated['name']!r} learns "
+                "from labels; give class folders (a folder a class), or labelled shards"
+            )
+        if index.classes != first.classes:
+            raise InputError(f"{name}: should have the classes of data.train: {_few(first.classes)}")
+    count = max(len(index.classes or ()) or int(index.samples["label"].max()) + 1 for index in sources.values())
+    if stated["num_classes"] is None:
+        stated["num_classes"] = count
+        logger.info("objective.num_classes: %d, the classes of data.train", count)
+    elif stated["num_classes"] < count:
+        raise InputError(f"objective.num_classes={stated['num_classes']}: data.train has {count}; give that, or null")
 
 
 def _few(names: list[str] | None) -> str:

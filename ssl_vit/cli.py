@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -99,10 +100,20 @@ def pretrain(doc: str | None, pipeline: str, objective: str, default: str, image
         name = (values.get("objective") or {}).get("name")
         if name != objective:
             raise InputError(
-                f"objective.name={name!r}: this pipeline trains {objective!r}; use pipelines/pretrain_{name}.py"
+                f"objective.name={name!r}: this pipeline trains {objective!r}; {_other_door(name, pipeline)}"
             )
 
     _door(doc, pipeline, Recipe, defaults, guard, start)
+
+
+def _other_door(objective: str | None, pipeline: str) -> str:
+    """Which pipeline trains an objective: the one beside ``pipeline`` whose call of :func:`pretrain` names it."""
+    call = re.compile(r"""cli\.pretrain\(\s*__doc__,\s*__file__,\s*["'](\w+)["']""")
+    texts = {
+        file.name: file.read_text(encoding="utf-8") for file in sorted(Path(pipeline).resolve().parent.glob("*.py"))
+    }
+    doors = {found[1]: f"pipelines/{name}" for name, text in texts.items() if (found := call.search(text))}
+    return f"use {doors[objective]}" if objective in doors else f"there are {', '.join(doors.values())}"
 
 
 def evaluate(doc: str | None, pipeline: str, default: str) -> None:
@@ -222,7 +233,7 @@ def _preempted(folder: str, stop: Any) -> NoReturn:
 
 def help_text(doc: str | None, section: type[Section], values: dict[str, Any]) -> str:
     """Every key with type, default and one line, the open sections from the constructors they name."""
-    from ssl_vit.recipe import Recipe, evaluation_class, objective_class
+    from ssl_vit.recipe import FILLED, Recipe, evaluation_class, objective_class
 
     lines = [(doc or "").strip(), "", USAGE, "", "keys:", *help_lines(section)]
     from ssl_vit.encoders.base import encoder_class_of
@@ -233,7 +244,7 @@ def help_text(doc: str | None, section: type[Section], values: dict[str, Any]) -
     if section is Recipe:
         cls = objective_class(check(Recipe, values))
         lines += ["", f"objective {values['objective']['name']}:"]
-        lines += help_lines(signature_section(cls, ("encoder",)), "objective.")
+        lines += help_lines(signature_section(cls, FILLED), "objective.")
     for part in part_names("ssl_vit.evaluation", "Evaluation"):
         cls = evaluation_class(part)
         lines += ["", f"evaluation {part}:"]

@@ -22,6 +22,9 @@ Sources = str | list[str]
 Precision = Annotated[Literal["bf16", "no", "auto"], BeforeValidator(lambda value: "no" if value is False else value)]
 """YAML reads a bare ``no`` as false."""
 
+FILLED = ("encoder", "mean", "std")
+"""Arguments of an objective's constructor that the program fills: the last two from the data section."""
+
 
 class DataSection(Section):
     """What is trained on and judged on, and how bytes become numbers.
@@ -180,7 +183,7 @@ def check_recipe(recipe: RecipeT) -> RecipeT:
     recipe.encoder = _complete_encoder(recipe.encoder)
     if isinstance(recipe, Recipe):
         values = {key: value for key, value in recipe.objective.items() if key not in ("name", "init")}
-        filled = open_section(objective_class(recipe), values, "objective", skip=("encoder",))
+        filled = open_section(objective_class(recipe), values, "objective", skip=FILLED)
         recipe.objective = {"name": recipe.objective["name"], **filled, "init": recipe.objective.get("init")}
         if not recipe.data.train:
             raise InputError("data.train: is required; give it as data.train=folder:/my/images or a folder of shards")

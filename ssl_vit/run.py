@@ -43,6 +43,7 @@ def run(recipe: Recipe, resume: str = "auto") -> None:
         micro = micro_batch(recipe.optim.batch_size, recipe.run.micro_batch_size, launch.num_ranks)
         pixels = build.resolve_pixels(recipe.data, recipe.encoder)
         precision = build.resolve_precision(recipe)
+        build.resolve_classes(recipe)
         deepspeed = launch.deepspeed_config(precision, recipe.optim, micro) if launch.kind == "zero" else None
         folder = RunFolder(recipe.run.dir)
         folder.check_resume(plain(recipe), resume)

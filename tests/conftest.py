@@ -52,6 +52,22 @@ def write_images(folder: Path, classes: int = 2, per_class: int = 20, size: int 
     return folder
 
 
+def tiny_teacher(folder: Path, num_classes: int = 3, in_chans: int = 3) -> dict[str, Any]:
+    """A ``teacher`` section: a small CNN of timm with random weights, in a file."""
+    import timm
+
+    model = timm.create_model("resnet10t", num_classes=num_classes, in_chans=in_chans)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(model.state_dict(), folder / "teacher.pth")
+    return {
+        "name": "resnet10t",
+        "weights": str(folder / "teacher.pth"),
+        "img_size": 32,
+        "mean": [0.5] * in_chans,
+        "std": [0.5] * in_chans,
+    }
+
+
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A labelled folder of 3 x 24 pictures of 32 x 32 pixels."""

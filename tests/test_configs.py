@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, TINY_DECODER, TINY_SWIN, tiny_recipe
+from conftest import ROOT, TINY_DECODER, TINY_SWIN, tiny_recipe, tiny_teacher
 
 from ssl_vit.build import build_encoder, build_evaluations, build_objective
-from ssl_vit.config import check, load, to_yaml
+from ssl_vit.config import check, load, plain, to_yaml
 from ssl_vit.recipe import EvaluationRecipe, Recipe, check_recipe, objective_class
 from ssl_vit.run import run
+from ssl_vit.training.optim import absolute_lr
 
 PRETRAIN = sorted((ROOT / "configs" / "pretrain").glob("*.yaml"))
 MEASURE = sorted(f for f in (ROOT / "configs").rglob("*.yaml") if f.parent.name in ("linear_probe", "knn", "evaluate"))
@@ -20,6 +22,13 @@ ENCODER_MILLIONS = {
     "mae_vit_base_patch16_in1k": 85.8,
     "mae_vit_large_patch16_in1k": 303.3,
     "mae_vit_huge_patch14_in1k": 630.8,
+    "classification_vit_base_patch16_in1k": 85.8,
+    "classification_vit_base_patch16_deit_in1k": 85.8,
+    "classification_vit_small_patch16_deit_in1k": 21.7,
+    "classification_vit_large_patch16_in1k": 303.3,
+    "classification_vit_huge_patch14_in1k": 630.8,
+    "deit_vit_base_patch16_in1k": 85.8,
+    "deit_vit_small_patch16_in1k": 21.7,
 }
 
 
@@ -40,11 +49,19 @@ def test_loads_and_round_trips(file: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", PRETRAIN, ids=lambda f: f.stem)
-def test_builds_on_the_meta_device(file: Path) -> None:
+def test_builds_on_the_meta_device(file: Path, tmp_path: Path) -> None:
     recipe = checked(file)
     with torch.device("meta"):
         encoder = build_encoder(recipe.encoder)
         arguments = {k: v for k, v in recipe.objective.items() if k not in ("name", "init")}
+        if "num_classes" in arguments:
+            arguments["num_classes"] = 1000
+        if "teacher" in arguments:
+            arguments["teacher"] = check(
+                type(arguments["teacher"]), tiny_teacher(tmp_path, 1000, recipe.encoder["in_chans"])
+            )
+        if recipe.data.mean and "mean" in inspect.signature(objective_class(recipe)).parameters:
+            arguments |= {"mean": recipe.data.mean, "std": recipe.data.std}
         objective_class(recipe)(encoder, **arguments)
     millions = sum(p.numel() for p in encoder.parameters()) / 1e6
     if file.stem in ENCODER_MILLIONS:
@@ -62,6 +79,7 @@ def test_takes_one_step_at_tiny_size(file: Path, images: Path, tmp_path: Path) -
         values["encoder"] |= TINY_SWIN
     values["objective"] |= TINY_DECODER if values["objective"]["name"] == "mae" else {}
     values["objective"] |= {"mask_unit": 8} if values["objective"]["name"] == "simmim" else {}
+    values["objective"] |= {"teacher": tiny_teacher(tmp_path)} if "teacher" in values["objective"] else {}
     values["data"] |= {"train": tiny["data"]["train"], "val": tiny["data"]["val"], "mean": [0.5] * 3, "std": [0.5] * 3}
     values["optim"] |= {"batch_size": 8, "epochs": "1 steps", "warmup_epochs": 0}
     values["run"], values["evals"] = tiny["run"], {"knn": {}}
@@ -90,6 +108,42 @@ def test_published_settings_of_mae() -> None:
         assert tuple(objective[f"decoder_{k}"] for k in ("embed_dim", "depth", "num_heads")) == (512, 8, 16)
         assert tuple(objective["crop_scale"]) == (0.2, 1.0)
         assert recipe.encoder["patch_size"] == patch
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "classification_vit_base_patch16_deit_in1k", "classification_vit_small_patch16_deit_in1k",
+        "deit_vit_base_patch16_in1k", "deit_vit_small_patch16_in1k",
+    ],
+)  # fmt: skip
+def test_published_settings_of_deit(name: str) -> None:
+    """AdamW .9/.999, 5e-4 x 1024/512, wd .05, 300 epochs, RandAugment, Mixup .8, CutMix 1, erase .25, 3 repeats."""
+    recipe = checked(ROOT / "configs" / "pretrain" / f"{name}.yaml")
+    optim, objective = recipe.optim, plain(recipe.objective)
+    assert (optim.name, optim.betas, optim.weight_decay, optim.clip_grad) == ("adamw", (0.9, 0.999), 0.05, None)
+    assert (optim.batch_size, absolute_lr(optim), optim.min_lr) == (1024, pytest.approx(1e-3), 1e-5)
+    assert (str(optim.epochs), str(optim.warmup_epochs), recipe.data.repeats) == ("300", "5", 3)
+    assert (objective["mix"]["mixup"], objective["mix"]["cutmix"], objective["label_smoothing"]) == (0.8, 1.0, 0.1)
+    assert (objective["augment"]["auto_augment"], objective["augment"]["erase"]) == ("rand-m9-mstd0.5-inc1", 0.25)
+    assert recipe.encoder["drop_path_rate"] == 0.1
+    if name.startswith("deit"):
+        assert (objective["distillation"], objective["alpha"], objective["teacher"]["name"]) == (
+            "hard",
+            0.5,
+            "regnety_160",
+        )
+
+
+def test_published_settings_of_augreg() -> None:
+    """RECIPES: 1e-3, decay 1e-4 relative to it, 10k steps, 300 epochs, batch 4096, medium2, sigmoid loss, bias -6.9."""
+    recipe = checked(ROOT / "configs" / "pretrain" / "classification_vit_base_patch16_in1k.yaml")
+    optim, objective = recipe.optim, plain(recipe.objective)
+    assert (optim.batch_size, absolute_lr(optim), optim.clip_grad) == (4096, 1e-3, 1.0)
+    assert absolute_lr(optim) * optim.weight_decay == pytest.approx(1e-4)
+    assert (str(optim.epochs), str(optim.warmup_epochs)) == ("300", "10000 steps")
+    assert (objective["loss"], objective["head_bias"], objective["representation"]) == ("sigmoid", -6.9, True)
+    assert (objective["mix"]["mixup"], objective["augment"]["auto_augment"]) == (0.5, "rand-m15-mmax15-n2")
 
 
 def test_objectives_are_built_from_the_seed() -> None:

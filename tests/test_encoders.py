@@ -28,6 +28,10 @@ VARIANTS: list[dict[str, Any]] = [
     {"pos_embed": "learned", "global_pool": "avg"},
     {"name": "vit_small_patch14_reg4_dinov2"},
     {"name": "vit_base_patch16_clip_224"},
+    {"pos_embed": "learned2d", "img_size": (16, 40)},
+    {"pos_embed": "none"},
+    {"name": "deit_tiny_distilled_patch16_224", "pos_embed": "learned"},
+    {"name": "deit_small_distilled_patch16"},
 ]
 
 
@@ -112,7 +116,12 @@ def test_fixed_table_is_not_trained_and_learned_is() -> None:
         ({"embed_dim": 66, "num_heads": 1}, "embed_dim=66.*multiples of 4; nearest: 64"),
         ({"global_pool": "tokn", "class_token": True}, r"global_pool='tokn'.*did you mean 'token'"),
         ({"class_token": False}, "allowed without a class token: avg"),
-        ({"pos_embed": "rope"}, "pos_embed='rope': allowed: sincos2d, learned"),
+        ({"pos_embed": "rope"}, "pos_embed='rope': allowed: sincos2d, learned, learned2d, none"),
+        (
+            {"name": "deit_tiny_distilled_patch16_224", "global_pool": "avg"},
+            r"global_pool='avg'.*allowed with deit_tiny",
+        ),
+        ({"pos_embed": "learned2d", "embed_dim": 65, "num_heads": 1}, "embed_dim=65: allowed .*even"),
         ({"drop_path_rate": 1.0}, r"drop_path_rate=1\.0"),
     ],
 )

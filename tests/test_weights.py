@@ -319,8 +319,8 @@ def test_encoder_config_says_what_it_cannot_know(tmp_path: Path) -> None:
         encoder_config(tmp_path / "file.pth")
     with pytest.raises(InputError, match="no such file or folder"):
         encoder_config(tmp_path / "absent")
-    (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet18", "pretrained_cfg": {}}))
-    with pytest.raises(InputError, match="cannot be built here: no encoder is built from 'resnet18'"):
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "densenet121", "pretrained_cfg": {}}))
+    with pytest.raises(InputError, match="cannot be built here: no encoder is built from 'densenet121'"):
         encoder_config(tmp_path)
     arguments = {"architecture": "vit_tiny_patch16_224", "model_args": {"init_values": 1e-5}, "pretrained_cfg": {}}
     (tmp_path / "config.json").write_text(json.dumps(arguments))

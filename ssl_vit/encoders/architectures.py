@@ -12,10 +12,11 @@ from ssl_vit.config import nearest
 
 @cache
 def _names() -> tuple[str, ...]:
-    """timm's plain ViTs that begin with vit_."""
+    """timm's plain ViTs that begin with vit_, and DeiT's with a distillation token."""
     import timm
 
-    return tuple(name for name in timm.list_models(module="vision_transformer") if name.startswith("vit_"))
+    plain = (name for name in timm.list_models(module="vision_transformer") if name.startswith("vit_"))
+    return (*plain, *timm.list_models("deit_*_distilled_*"))
 
 
 def timm_name(name: str) -> str:
@@ -32,7 +33,8 @@ def timm_name(name: str) -> str:
         return min(sized, key=lambda known: (not known.endswith("_224"), known))
     raise ValueError(
         f"name={name!r}: timm has no such plain ViT{nearest(name, names)}; allowed: "
-        "vit_{tiny,small,base,large,huge}_patch{8,14,16,32}_224 and the like, see timm.list_models('vit_*')"
+        "vit_{tiny,small,base,large,huge}_patch{8,14,16,32}_224 and the like, see timm.list_models('vit_*'), and "
+        "deit_{tiny,small,base}_distilled_patch16_224"
     )
 
 

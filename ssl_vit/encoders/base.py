@@ -9,7 +9,12 @@ from torch import Tensor, nn
 
 from ssl_vit.config import nearest
 
-FAMILIES = {"vit_": "ssl_vit.encoders.vit:ViT", "swin_": "ssl_vit.encoders.swin:Swin"}
+FAMILIES = {
+    "vit_": "ssl_vit.encoders.vit:ViT",
+    "deit_": "ssl_vit.encoders.vit:ViT",
+    "swin_": "ssl_vit.encoders.swin:Swin",
+    "resnet": "ssl_vit.encoders.cnn:CNN",
+}
 """First letters of the timm names and the class that builds them."""
 
 
@@ -39,6 +44,7 @@ class Encoder(nn.Module):
         img_size: (H, W) pixels.
         in_chans: channels of the image.
         num_prefix_tokens: tokens before the patches.
+        anchor: the parameter by which a file of weights is recognised.
         drops_patches: whether :meth:`forward_visible` exists, i.e. no patch sees another before the first block.
         grad_checkpointing: whether activations are computed again in the backward pass.
     """
@@ -53,6 +59,7 @@ class Encoder(nn.Module):
     img_size: tuple[int, int]
     in_chans: int
     num_prefix_tokens: int
+    anchor: str = "patch_embed.proj.weight"
     drops_patches: bool = False
     grad_checkpointing: bool = False
 

@@ -21,7 +21,10 @@ CONTAINERS = ("model", "state_dict", "model_state_dict", "module", "teacher")
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 COMMON_PREFIXES = ("encoder.", "backbone.", "model.")
 DATA_KEYS = ("mean", "std", "crop_pct", "interpolation")
-TIMM_ARGUMENTS = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio", "class_token")
+TIMM_ARGUMENTS = (
+    "img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio", "class_token",
+    "channels", "layers",
+)  # fmt: skip
 OTHER_TIMM_ARGUMENTS = ("global_pool", "fc_norm", "num_classes", "drop_rate", "drop_path_rate")
 
 
@@ -175,11 +178,16 @@ def _timm_facts(name: str, arguments: dict[str, Any], stated: Mapping[str, Any])
     with torch.device("meta"):
         model: Any = timm.create_model(name, **{**arguments, "num_classes": 0})
     size = arguments.get("img_size") or stated.get("input_size", (3, 224, 224))[-2:]
-    return {
+    facts = {
         "name": name,
         **{key: value for key, value in arguments.items() if key in TIMM_ARGUMENTS},
-        "patch_size": model.patch_embed.patch_size[0],
         "img_size": size if isinstance(size, int) else list(size),
+    }
+    if not hasattr(model, "patch_embed"):
+        return facts
+    return {
+        **facts,
+        "patch_size": model.patch_embed.patch_size[0],
         "class_token": model.has_class_token,
         "global_pool": model.global_pool,
         "pos_embed": "learned",

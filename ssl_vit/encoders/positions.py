@@ -1,4 +1,4 @@
-"""The fixed 2-D sine-cosine position table of MAE, for encoders and decoders."""
+"""Position tables: the fixed 2-D sine-cosine table of MAE, and learned tables of a row and a column part."""
 
 from __future__ import annotations
 
@@ -37,3 +37,24 @@ def sincos2d_table(
     patches = torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)  # (N, D)
     prefix = torch.zeros(num_prefix_tokens, embed_dim, dtype=torch.float64)
     return torch.cat([prefix, patches])[None].float()
+
+
+def row_column_table(table: Tensor, grid_size: tuple[int, int]) -> Tensor:
+    """The nearest table in which a patch's first channels depend on its column and its last ones on its row.
+
+    This is the learned 2-D embedding that ViT compares (arXiv 2010.11929, section D.4: an X and a Y embedding of half
+    the width each, concatenated), kept as a table of the usual layout. What is equal gets equal gradients, so it stays
+    equal under any optimizer that treats numbers alone.
+
+    Args:
+        table: (1, P + N, D); the P positions of prefix tokens stay as they are.
+        grid_size: (h, w), of N patches.
+
+    Returns:
+        (1, P + N, D).
+    """
+    count = grid_size[0] * grid_size[1]
+    prefix, patches = table.split([table.shape[1] - count, count], dim=1)
+    x, y = patches.unflatten(1, grid_size).chunk(2, dim=-1)  # (1, h, w, D / 2) each
+    x, y = x.mean(dim=1, keepdim=True).expand_as(x), y.mean(dim=2, keepdim=True).expand_as(y)
+    return torch.cat([prefix, torch.cat([x, y], dim=-1).flatten(1, 2)], dim=1)

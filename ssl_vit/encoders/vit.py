@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any, Literal, cast
 
@@ -12,7 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ssl_vit.encoders.architectures import architecture_sizes, check_choice, check_sizes, default_heads, timm_name
 from ssl_vit.encoders.base import Encoder, Tokens
-from ssl_vit.encoders.positions import sincos2d_table
+from ssl_vit.encoders.positions import row_column_table, sincos2d_table
+
+POSITIONS = ("sincos2d", "learned", "learned2d", "none")
 
 
 class ViT(Encoder):
@@ -28,9 +31,11 @@ class ViT(Encoder):
         num_heads: attention heads; default: the architecture's, or with embed_dim given as many as make heads 64
             wide (or the next smaller width that divides it)
         mlp_ratio: hidden width of the MLPs over embed_dim; default: the architecture's
-        pos_embed: sincos2d: fixed table of MAE; learned: trained, random at first
+        pos_embed: sincos2d: fixed table of MAE; learned: trained, random at first; learned2d: likewise, a row and a
+            column part; none: zeros
         class_token: put a class token in front
-        global_pool: feature of the image: token: the class token; avg: mean of the patches, both after the final norm
+        global_pool: feature of the image: token: the class token (with a distillation token, the mean of both); avg:
+            mean of the patches, both after the final norm
         drop_path_rate: stochastic depth, rising linearly to this rate in the last block
         grad_checkpointing: compute activations again in the backward pass; slower, much less memory
 
@@ -50,7 +55,7 @@ class ViT(Encoder):
         depth: int | None = None,
         num_heads: int | None = None,
         mlp_ratio: float | None = None,
-        pos_embed: Literal["sincos2d", "learned"] = "sincos2d",
+        pos_embed: Literal["sincos2d", "learned", "learned2d", "none"] = "sincos2d",
         class_token: bool = True,
         global_pool: Literal["token", "avg"] = "token",
         drop_path_rate: float = 0.0,
@@ -60,10 +65,14 @@ class ViT(Encoder):
         self.name = timm_name(name)
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         check_sizes(patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
-        check_choice("pos_embed", pos_embed, ("sincos2d", "learned"))
+        check_choice("pos_embed", pos_embed, POSITIONS)
         check_choice("global_pool", global_pool, ("token", "avg"))
         if global_pool == "token" and not class_token:
             raise ValueError("global_pool='token': needs class_token=true; allowed without a class token: avg")
+        if "_distilled_" in self.name and (global_pool != "token" or not class_token):
+            raise ValueError(
+                f"global_pool={global_pool!r}, class_token={class_token}: allowed with {self.name}: 'token' and true"
+            )
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f"drop_path_rate={drop_path_rate}: allowed: 0 to below 1; nearest: 0.0")
         if embed_dim is not None:
@@ -102,14 +111,30 @@ class ViT(Encoder):
         self.mask_stride = patch
         self.grid_size = (self.img_size[0] // patch, self.img_size[1] // patch)
         self.num_prefix_tokens = cast(int, self.model.num_prefix_tokens)
+        if self.pos_embed == "learned2d" and embed_dim % 2:
+            raise ValueError(f"embed_dim={embed_dim}: allowed with pos_embed='learned2d': even numbers")
+        self._fill_positions()
+
+    @torch.no_grad()
+    def _fill_positions(self) -> None:
+        table, fixed = self.model.pos_embed, self.pos_embed in ("sincos2d", "none")
         if self.pos_embed == "sincos2d":
-            with torch.no_grad():
-                self.model.pos_embed.copy_(self.position_table())
-            self.model.pos_embed.requires_grad_(False)
+            table.copy_(self.position_table())
+        elif self.pos_embed == "none":
+            table.zero_()
+        elif self.pos_embed == "learned2d":  # a column of the first row and a row of the first column, as far apart
+            x, y = table[:, -math.prod(self.grid_size) :].unflatten(1, self.grid_size).chunk(2, dim=-1)
+            x.copy_(x[:, :1].clone().expand_as(x)), y.copy_(y[:, :, :1].clone().expand_as(y))
+        table.requires_grad_(not fixed)
 
     def position_table(self) -> Tensor:
         """The fixed table of this grid, (1, P + N, D) (or (1, N, D) where prefix tokens have no position)."""
         return sincos2d_table(self.grid_size, self.embed_dim, self.num_positions_before_patches)
+
+    def positions(self) -> Tensor:
+        """The table that is added, (1, P + N, D) (or (1, N, D))."""
+        table = self.model.pos_embed
+        return row_column_table(table, self.grid_size) if self.pos_embed == "learned2d" else table
 
     @property
     def num_positions_before_patches(self) -> int:
@@ -145,7 +170,7 @@ class ViT(Encoder):
         if mask is not None:
             assert mask_token is not None, "a mask needs a mask token"
             patches = torch.where(mask[..., None], mask_token.to(patches.dtype), patches)
-        return self._encode(patches + self.model.pos_embed[:, self.num_positions_before_patches :])
+        return self._encode(patches + self.positions()[:, self.num_positions_before_patches :])
 
     def forward_visible(self, image: Tensor, keep: Tensor) -> Tokens:
         """Encode some patches of an image as if the others did not exist (MAE, section 3, "MAE encoder").
@@ -163,20 +188,23 @@ class ViT(Encoder):
         rows = torch.arange(len(image), device=image.device)[:, None]
         pixels = grid[rows, keep // w, keep % w].flatten(2)  # (B, L, C p p)
         patches = embed.norm(F.linear(pixels, embed.proj.weight.flatten(1), embed.proj.bias))  # (B, L, D)
-        return self._encode(patches + self.model.pos_embed[0, self.num_positions_before_patches :][keep])
+        return self._encode(patches + self.positions()[0, self.num_positions_before_patches :][keep])
 
     def pool(self, tokens: Tokens) -> Tensor:
         """The feature of an image, (B, D), as timm's own forward gives it."""
-        return tokens.prefix[:, 0] if self.global_pool == "token" else tokens.patches.mean(dim=1)
+        if self.global_pool == "avg":
+            return tokens.patches.mean(dim=1)
+        return tokens.prefix.mean(dim=1) if hasattr(self.model, "dist_token") else tokens.prefix[:, 0]
 
     def _encode(self, patches: Tensor) -> Tokens:
         """Blocks and final norm over prefix tokens and embedded patches (B, L, D)."""
         model, num_prefix = self.model, self.num_prefix_tokens
-        parts = [token for token in (model.cls_token, model.reg_token) if token is not None]
+        names = ("cls_token", "dist_token", "reg_token")
+        parts = [token for name in names if (token := getattr(model, name, None)) is not None]
         if parts:
             prefix = torch.cat(parts, dim=1)  # (1, P, D)
             if self.num_positions_before_patches:
-                prefix = prefix + model.pos_embed[:, :num_prefix]
+                prefix = prefix + self.positions()[:, :num_prefix]
             patches = torch.cat([prefix.expand(len(patches), -1, -1).to(patches.dtype), patches], dim=1)
         tokens = run_blocks(model.blocks, model.norm_pre(patches), self.grad_checkpointing)
         tokens = model.norm(tokens)

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from ssl_vit.config import InputError
 from ssl_vit.encoders.base import Encoder
 from ssl_vit.encoders.files import encoder_config, find_weights, load_state
-from ssl_vit.encoders.positions import sincos2d_table
+from ssl_vit.encoders.positions import row_column_table, sincos2d_table
 
 __all__ = ["LoadReport", "encoder_config", "fill_encoder", "fill_objective", "find_weights", "load_state"]
 
-ANCHOR = "patch_embed.proj.weight"
 OWN_PREFIX = "encoder.model."
 PREFIXES = ("", OWN_PREFIX, "encoder.", "backbone.", "model.")
-NOT_ENCODER = ("decoder", "mask_token", "head")
+NOT_ENCODER = ("decoder", "mask_token", "head", "fc.")
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def fill_encoder(encoder: Encoder, path: str | Path) -> LoadReport:
         InputError: a tensor of the encoder is missing or has another shape, or the file has one that is not known.
     """
     where = f"encoder.init={path}"
-    state, ignored = _encoder_part(load_state(path), where)
+    state, ignored = _encoder_part(load_state(path), encoder.anchor, where)
     notes = []
     own = encoder.model.state_dict()
     if "norm.weight" in own and "norm.weight" not in state and "fc_norm.weight" in state:
@@ -69,6 +68,8 @@ def fill_encoder(encoder: Encoder, path: str | Path) -> LoadReport:
     _compare_names(state, own, where)
     if "pos_embed" in own:
         state["pos_embed"], note = _fit_positions(encoder, state["pos_embed"], _stored_grid(path), where)
+        if getattr(encoder, "pos_embed", None) == "learned2d":
+            state["pos_embed"] = row_column_table(state["pos_embed"], encoder.grid_size)
         notes += [note] if note else []
     _compare_shapes(state, own, where)
     encoder.model.load_state_dict(state)
@@ -91,7 +92,7 @@ def fill_objective(objective: nn.Module, path: str | Path) -> LoadReport:
     encoder = objective.encoder
     assert isinstance(encoder, Encoder)
     state, own = load_state(path, whole=True), objective.state_dict()
-    if ANCHOR in state:
+    if encoder.anchor in state:
         names = encoder.model.state_dict()
         state = {OWN_PREFIX + name if name in names else name: tensor for name, tensor in state.items()}
     others = [name for name in own if not name.startswith("encoder.")]
@@ -117,12 +118,12 @@ def fill_objective(objective: nn.Module, path: str | Path) -> LoadReport:
     return LoadReport(str(find_weights(path, whole=True)), len(own), len(own), (), tuple(notes))
 
 
-def _encoder_part(state: dict[str, Tensor], where: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+def _encoder_part(state: dict[str, Tensor], anchor: str, where: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """The encoder's tensors under timm's names, and the groups of the others."""
-    prefix = next((prefix for prefix in PREFIXES if prefix + ANCHOR in state), None)
+    prefix = next((prefix for prefix in PREFIXES if prefix + anchor in state), None)
     if prefix is None:
         raise InputError(
-            f"{where}: no encoder tensor matches: {ANCHOR} is not there, under none of the prefixes "
+            f"{where}: no encoder tensor matches: {anchor} is not there, under none of the prefixes "
             f"{', '.join(p for p in PREFIXES if p)}; its names: {_some(state)}"
         )
     if prefix:
@@ -152,7 +153,7 @@ def _compare_shapes(state: Mapping[str, Tensor], own: Mapping[str, Tensor], wher
     differing = [name for name in own if state[name].shape != own[name].shape]
     if not differing:
         return
-    first = next((name for name in differing if name.endswith(ANCHOR)), None)
+    first = next((name for name in differing if name.endswith(Encoder.anchor)), None)
     if first:
         settings = [
             f"{key}={theirs} in the file, {ours} here"

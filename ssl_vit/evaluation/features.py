@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,9 +18,23 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def extract(subject: Subject, subset: Subset) -> tuple[Tensor, Tensor]:
-    """Pooled features float32 (n, D) and labels int64 (n,) of the good samples, in their order, on every process.
+    """Pooled features float32 (n, D) and labels int64 (n,) of the good samples, in their order, on every process."""
+    return outputs(subject, subset, lambda batch: subject.pool(subject.objective(batch, call="encode")))
+
+
+@torch.no_grad()
+def outputs(subject: Subject, subset: Subset, forward: Callable[[dict[str, Tensor]], Tensor]) -> tuple[Tensor, Tensor]:
+    """What ``forward`` makes of each sample of a set: each once, in their order, on every process.
 
     Every process makes the same number of forward calls, as sharded parameters need.
+
+    Args:
+        subject: what is judged; in eval mode meanwhile.
+        subset: the samples.
+        forward: batch (``image`` normalised, ``label`` int64) -> (B, D).
+
+    Returns:
+        float32 (n, D) and labels int64 (n,) of the samples that decode.
     """
     rank, size = distributed.rank(), distributed.world_size()
     view = CentreView(subject.img_size, subject.pixels.crop_pct, subject.pixels.interpolation)
@@ -28,7 +43,7 @@ def extract(subject: Subject, subset: Subset) -> tuple[Tensor, Tensor]:
     longest = -(-len(subset.samples) // size)
     calls = max(-(-longest // subject.batch_size), 1)
     blank = _blank(subject)
-    features: Tensor | None = None
+    found: Tensor | None = None
     labels = torch.full((len(mine),), -1, device=subject.device)
     good = torch.zeros(len(mine), dtype=torch.bool, device=subject.device)
     was_training = subject.objective.training
@@ -40,21 +55,24 @@ def extract(subject: Subject, subset: Subset) -> tuple[Tensor, Tensor]:
         if reports:
             subject.on_bad(reports)
         moved = subject.pixels.to_device(batch, subject.device) if batch else blank
-        pooled = subject.pool(subject.objective(moved, call="encode")).float()
-        if features is None:
-            features = pooled.new_zeros((len(mine), pooled.shape[1]))
+        values = forward(moved).float()
+        if found is None:
+            found = values.new_zeros((len(mine), values.shape[1]))
         if batch:
-            features[moved["index"]] = pooled
+            found[moved["index"]] = values
             labels[moved["index"]] = moved["label"]
             good[moved["index"]] = True
     subject.objective.train(was_training)
-    assert features is not None
+    assert found is not None
     total = len(subset.samples)
-    everything = distributed.gather_interleaved(features, total)
+    everything = distributed.gather_interleaved(found, total)
     kept = distributed.gather_interleaved(good.to(torch.uint8), total).bool()
     return everything[kept], distributed.gather_interleaved(labels, total)[kept]
 
 
 def _blank(subject: Subject) -> dict[str, Tensor]:
     shape = (1, subject.pixels.in_chans, *subject.img_size)
-    return {"image": torch.zeros(shape, device=subject.device)}
+    return {
+        "image": torch.zeros(shape, device=subject.device),
+        "label": torch.zeros(1, dtype=torch.int64, device=subject.device),
+    }

@@ -27,9 +27,9 @@ def write_card(folder: str | Path, facts: Mapping[str, Any]) -> Path:
     title = facts.pop("name", None) or folder.resolve().name
     license_name = facts.pop("license", None)
     path = facts.pop("path", folder)
-    head = ["---", "library_name: timm", "tags: [image-feature-extraction, timm, self-supervised]"]
+    head = ["---", "library_name: timm", "tags: [image-feature-extraction, timm]"]
     head += [f"license: {license_name}"] if license_name else []
-    lines = [*head, "---", "", f"# {title}", "", "A Vision Transformer pretrained without labels by ssl_vit.", ""]
+    lines = [*head, "---", "", f"# {title}", "", "An image encoder trained by ssl_vit with the recipe below.", ""]
     lines += ["```python", "import timm", f'encoder = timm.create_model("local-dir:{path}", pretrained=True).eval()']
     lines += ["```", ""]
     order = [key for key in TITLES if key in facts] + [key for key in facts if key not in TITLES]

@@ -104,7 +104,9 @@ class Launch:
         name = self.name()
         if self.kind != "ddp" and clip_mode == "per_parameter":
             raise InputError(f"optim.clip_mode=per_parameter: gradients are in parts under {name}; use DDP")
-        if (self.kind == "fsdp2" or self.stage == 3) and type(objective).after_step is not NO_AFTER_STEP:
+        if (self.kind == "fsdp2" or self.stage == 3) and getattr(
+            objective.after_step, "__func__", None
+        ) is not NO_AFTER_STEP:
             raise InputError(
                 f"objective {type(objective).__name__}: it changes weights after a step (EMA, centres), and under "
                 f"{name} each process holds only parts of them; use DDP, ZeRO-1 or ZeRO-2"

@@ -1,0 +1,109 @@
+"""ResNets of timm: teachers for DeiT, and what a supervised ViT is compared with."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+
+from ssl_vit.config import nearest
+from ssl_vit.encoders.architectures import check_sizes
+from ssl_vit.encoders.base import Encoder, Tokens
+
+STRIDE = 32
+
+
+@cache
+def _names() -> tuple[str, ...]:
+    import timm
+
+    return tuple(timm.list_models("resnet*", module="resnet"))
+
+
+class CNN(Encoder):
+    """Residual network (arXiv 1512.03385) as timm builds it, for supervised training: it masks and drops nothing.
+
+    Its places of 32 x 32 pixels are the patches, and it has no prefix tokens.
+
+    Args:
+        name: timm architecture, e.g. resnet18
+        img_size: height and width in pixels, or one number for both
+        in_chans: channels of the image
+        channels: widths of the four stages; default: the architecture's
+        layers: blocks of the four stages; default: the architecture's
+        drop_path_rate: stochastic depth, rising linearly to this rate in the last block
+        grad_checkpointing: compute activations again in the backward pass; slower, less memory
+
+    Raises:
+        ValueError: an unknown name or an impossible value.
+    """
+
+    anchor = "conv1.weight"
+
+    def __init__(
+        self,
+        name: str,
+        img_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        channels: tuple[int, int, int, int] | None = None,
+        layers: tuple[int, int, int, int] | None = None,
+        drop_path_rate: float = 0.0,
+        grad_checkpointing: bool = False,
+    ) -> None:
+        import timm
+
+        super().__init__()
+        if name not in _names():
+            raise ValueError(f"name={name!r}: timm has no such ResNet{nearest(name, _names())}; e.g. resnet18")
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate={drop_path_rate}: allowed: 0 to below 1; nearest: 0.0")
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        stages = {"channels": channels, "layers": layers}
+        sizes = {f"{key}[{i}]": n for key, values in stages.items() for i, n in enumerate(values or ())}
+        check_sizes(in_chans=in_chans, **sizes, **{"img_size (height)": height, "img_size (width)": width})
+        self.name, self.img_size, self.in_chans = name, (int(height), int(width)), in_chans
+        self._arguments = {
+            "in_chans": in_chans,
+            "channels": list(channels) if channels else None,
+            "layers": list(layers) if layers else None,
+        }
+        self.drop_path_rate, self.grad_checkpointing = drop_path_rate, grad_checkpointing
+        architecture, arguments = self.timm_config()
+        self.model = timm.create_model(architecture, drop_path_rate=drop_path_rate, **arguments)
+        self.model.set_grad_checkpointing(grad_checkpointing)
+        self.embed_dim = self.token_dim = int(self.model.num_features)
+        self.patch_size, self.num_prefix_tokens = STRIDE, 0
+        self.grid_size = (-(-self.img_size[0] // STRIDE), -(-self.img_size[1] // STRIDE))
+
+    def config(self) -> dict[str, Any]:
+        """Constructor arguments that build this encoder again; plain types."""
+        return {
+            "name": self.name,
+            "img_size": list(self.img_size),
+            **self._arguments,
+            "drop_path_rate": self.drop_path_rate,
+            "grad_checkpointing": self.grad_checkpointing,
+        }
+
+    def timm_config(self) -> tuple[str, dict[str, Any]]:
+        """Architecture and arguments with which ``timm.create_model`` alone builds ``self.model``."""
+        given = {key: value for key, value in self._arguments.items() if value is not None}
+        return self.name, {**given, "num_classes": 0}
+
+    def forward(self, image: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None) -> Tokens:
+        """Encode an image.
+
+        Args:
+            image: (B, C, H, W), normalised.
+            mask: refused.
+            mask_token: refused.
+        """
+        if mask is not None:
+            raise ValueError(f"encoder.name={self.name!r}: this encoder masks nothing; allowed: a plain vit_*")
+        patches = self.model.forward_features(image).flatten(2).transpose(1, 2)  # (B, N, D)
+        return Tokens(patches[:, :0], patches)
+
+    def pool(self, tokens: Tokens) -> Tensor:
+        """The mean over all places, (B, D)."""
+        return tokens.patches.mean(dim=1)
