@@ -145,6 +145,26 @@ class MultiCropView:
     num_small: int
     mask: MaskRule
 
+    def __post_init__(self) -> None:
+        if self.num_small < 0:
+            raise ValueError(f"local_crops={self.num_small}: allowed: whole numbers from 0; nearest: 0")
+
+    def check(self, in_chans: int, patch_size: int) -> None:
+        """What the views need of an encoder.
+
+        Raises:
+            ValueError: channels that have no colours, or small views that are not whole patches.
+        """
+        if in_chans not in (1, 3) and any(v.changes_colours for v in (self.first, self.second, self.small)):
+            raise ValueError(
+                f"encoder.in_chans={in_chans}: colours of 1 or 3 channels can be changed; allowed with others: 0 for "
+                "jitter_prob, grey, solarise and each of blur"
+            )
+        side = self.small.img_size[0]
+        if self.num_small and (side < patch_size or side % patch_size):
+            near = max(round(side / patch_size), 1) * patch_size
+            raise ValueError(f"local_size={side}: should be a multiple of patch_size={patch_size}; nearest: {near}")
+
     def __call__(self, sample: dict[str, Any]) -> dict[str, Tensor]:
         """``global_views`` uint8 (2, C, H, W), ``mask`` bool (2, N), ``local_views`` uint8 (n, C, h, w) if n > 0."""
         image: Tensor = sample["image"]

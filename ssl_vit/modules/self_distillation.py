@@ -17,12 +17,17 @@ class Centre(nn.Module):
     Args:
         dim: number of prototypes.
         momentum: share of the old centre that a step keeps.
+
+    Raises:
+        ValueError: an impossible momentum.
     """
 
     value: Tensor
 
     def __init__(self, dim: int, momentum: float) -> None:
         super().__init__()
+        if not 0 <= momentum < 1:
+            raise ValueError(f"centre_momentum={momentum}: allowed: 0 to below 1, e.g. 0.9")
         self.momentum = momentum
         self.register_buffer("value", torch.zeros(dim))
         self.reset()
@@ -43,6 +48,17 @@ class Centre(nn.Module):
             moved = self.value * self.momentum + mean * (1 - self.momentum)
             self.value.copy_(torch.where(applied > 0, moved, self.value))
         self.reset()
+
+
+def check_temperatures(**temperatures: tuple[float, ...]) -> None:
+    """All of them are above 0.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    for key, values in temperatures.items():
+        if min(values) <= 0:
+            raise ValueError(f"{key}={list(values)}: allowed: numbers above 0, e.g. 0.04")
 
 
 def teacher_probabilities(logits: Tensor, centre: Tensor, temperature: float) -> Tensor:

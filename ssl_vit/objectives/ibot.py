@@ -17,6 +17,7 @@ from ssl_vit.modules.heads import ProjectionHead
 from ssl_vit.modules.patches import gather_patches
 from ssl_vit.modules.self_distillation import (
     Centre,
+    check_temperatures,
     cross_view_loss,
     entropy,
     masked_loss,
@@ -103,8 +104,13 @@ class IBOT(Objective):
         solarise: float = 0.2,
     ) -> None:
         super().__init__(encoder)
-        shares = {"momentum": momentum, "centre_momentum": centre_momentum}
-        _check_values(encoder, shares, student_temp, teacher_temp, teacher_patch_temp, local_crops, local_size)
+        if getattr(encoder.model, "cls_token", None) is None:
+            raise ValueError(f"encoder.name={encoder.name!r}: iBOT needs a class token; allowed: vit_* with one")
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"momentum={momentum}: allowed: 0 to 1, e.g. 0.996")
+        check_temperatures(
+            student_temp=(student_temp,), teacher_temp=teacher_temp, teacher_patch_temp=teacher_patch_temp
+        )
         self.momentum_start, self.student_temp = momentum, student_temp
         self.temperatures, self.warmup_epochs = (teacher_temp, teacher_patch_temp), warmup_teacher_temp_epochs
         self.freeze_last_layer, self.cls_weight, self.patch_weight = freeze_last_layer, cls_weight, patch_weight
@@ -116,11 +122,7 @@ class IBOT(Objective):
         small = replace(large, img_size=(local_size, local_size), crop_scale=local_scale, blur=blur[2])
         mask = MaskRule(encoder.grid_size, mask_ratio, mask_variance, mask_shape)
         self.view = MultiCropView(large, second, small, local_crops, mask)
-        if encoder.in_chans not in (1, 3) and any(v.changes_colours for v in (large, second, small)):
-            raise ValueError(
-                f"jitter_prob={jitter_prob}, grey={grey}, blur={list(blur)}, solarise={solarise}: colours of 1 or 3 "
-                f"channels can be changed, and encoder.in_chans={encoder.in_chans}; allowed: 0 for all of them"
-            )
+        self.view.check(encoder.in_chans, encoder.patch_size)
         # the rest of timm's initialisation is the published one
         nn.init.trunc_normal_(encoder.model.cls_token, std=0.02)
         self.student = copy.deepcopy(encoder)
@@ -132,6 +134,7 @@ class IBOT(Objective):
         self.cls_centre, self.patch_centre = Centre(out_dim, centre_momentum), Centre(out_dim, centre_momentum)
         self.freeze(self.encoder)
         self.freeze(self.teacher_head)
+        self.averages = ((EMA(self.encoder), self.student), (EMA(self.teacher_head), self.student_head))
         self.before_step(Progress(0, 1, 0.0, 1.0, 0.0))
 
     def encoder_filled(self) -> None:
@@ -157,8 +160,8 @@ class IBOT(Objective):
 
     def after_step(self, applied: Tensor) -> None:
         """Teacher and centres follow."""
-        EMA(self.encoder).update(self.student, self.momentum, applied)
-        EMA(self.teacher_head).update(self.student_head, self.momentum, applied)
+        for average, student in self.averages:
+            average.update(student, self.momentum, applied)
         self.cls_centre.step(applied)
         self.patch_centre.step(applied)
 
@@ -218,29 +221,3 @@ class IBOT(Objective):
         patches = head.prototypes(gather_patches(units, chosen))
         targets = teacher_probabilities(cls, self.cls_centre.value, self.cls_temp).unflatten(0, (-1, 2))
         return targets, teacher_probabilities(patches, self.patch_centre.value, self.patch_temp)
-
-
-def _check_values(
-    encoder: Encoder,
-    shares: dict[str, float],
-    student_temp: float,
-    teacher_temp: tuple[float, float],
-    teacher_patch_temp: tuple[float, float],
-    local_crops: int,
-    local_size: int,
-) -> None:
-    if getattr(encoder.model, "cls_token", None) is None:
-        raise ValueError(f"encoder.name={encoder.name!r}: iBOT needs a class token; allowed: a vit_* with class_token")
-    for key, value in shares.items():
-        if not 0 <= value < 1:
-            raise ValueError(f"{key}={value}: allowed: 0 to below 1, e.g. 0.9")
-    for key, value in (("student_temp", (student_temp,)), ("teacher_temp", teacher_temp),
-                       ("teacher_patch_temp", teacher_patch_temp)):  # fmt: skip
-        if min(value) <= 0:
-            raise ValueError(f"{key}={list(value)}: allowed: temperatures above 0, e.g. 0.04")
-    if local_crops < 0:
-        raise ValueError(f"local_crops={local_crops}: allowed: whole numbers from 0; nearest: 0")
-    patch = encoder.patch_size
-    if local_crops and (local_size < patch or local_size % patch):
-        near = max(round(local_size / patch), 1) * patch
-        raise ValueError(f"local_size={local_size}: should be a multiple of patch_size={patch}; nearest: {near}")
