@@ -178,8 +178,8 @@ class IBOT(Objective):
         """
         large, mask = batch["global_views"].flatten(0, 1), batch["mask"].flatten(0, 1)  # (2B, C, H, W), (2B, N)
         chosen = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : self.view.mask.most]  # (2B, L)
-        weight = mask.gather(1, chosen) / mask.sum(dim=1, keepdim=True).clamp(min=1)  # (2B, L)
         target_cls, target_patches = self._targets(large, chosen)
+        weight = mask.gather(1, chosen).to(target_patches) / mask.sum(dim=1, keepdim=True).clamp(min=1)  # (2B, L)
 
         tokens = self.student(large, mask, self.mask_token)
         cls = tokens.prefix[:, 0].unflatten(0, (-1, 2))  # (B, 2, D)
