@@ -24,13 +24,19 @@ RAISED_FILES = {
     "ssl_vit/run.py": 280,
     # the loop, with everything that may end or undo a step
     "ssl_vit/training/trainer.py": 265,
+    # one door for every pipeline: words, help, status and exit codes
+    "ssl_vit/cli.py": 265,
     # every section of a recipe with its documentation, and the checks between them
     "ssl_vit/recipe.py": 270,
     # the published method reads in the order it computes
     "ssl_vit/objectives/mae.py": 160,
+    # a hundred lines are its 29 published settings, each a documented argument
+    "ssl_vit/objectives/ibot.py": 225,
     "ssl_vit/encoders/vit.py": 285,
 }
 RAISED_FUNCTIONS = {
+    # 31 lines are its signature
+    ("ssl_vit/objectives/ibot.py", "__init__"): 75,
     # the two functions that are meant to be read from top to bottom in one piece
     ("ssl_vit/training/trainer.py", "_steps"): 75,
     ("ssl_vit/run.py", "run"): 95,

@@ -46,6 +46,7 @@ class Encoder(nn.Module):
         num_prefix_tokens: tokens before the patches.
         anchor: the parameter by which a file of weights is recognised.
         drops_patches: whether :meth:`forward_visible` exists, i.e. no patch sees another before the first block.
+        any_size: whether images of other sizes are taken, see :meth:`take_any_size`.
         grad_checkpointing: whether activations are computed again in the backward pass.
     """
 
@@ -61,6 +62,7 @@ class Encoder(nn.Module):
     num_prefix_tokens: int
     anchor: str = "patch_embed.proj.weight"
     drops_patches: bool = False
+    any_size: bool = False
     grad_checkpointing: bool = False
 
     def forward(self, image: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None) -> Tokens:
@@ -81,6 +83,16 @@ class Encoder(nn.Module):
             keep: int64 (B, L), indices of the visible patches; the tokens come in this order.
         """
         raise ValueError(f"encoder.name={self.name!r}: this encoder cannot drop patches; allowed: a plain vit_*")
+
+    def take_any_size(self) -> None:
+        """From now on take images of any multiples of ``patch_size``, their positions fitted to the grid.
+
+        Other sizes are refused until then: mostly they are mistakes.
+
+        Raises:
+            ValueError: this encoder takes one size only.
+        """
+        raise ValueError(f"encoder.name={self.name!r}: this encoder takes images of one size only; allowed: a vit_*")
 
     def pool(self, tokens: Tokens) -> Tensor:
         """The feature of an image, (B, D), as timm's own forward gives it."""

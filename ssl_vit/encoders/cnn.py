@@ -61,7 +61,7 @@ class CNN(Encoder):
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         stages = {"channels": channels, "layers": layers}
         sizes = {f"{key}[{i}]": n for key, values in stages.items() for i, n in enumerate(values or ())}
-        check_sizes(in_chans=in_chans, **sizes, **{"img_size (height)": height, "img_size (width)": width})
+        check_sizes("", in_chans=in_chans, **sizes, **{"img_size (height)": height, "img_size (width)": width})
         self.name, self.img_size, self.in_chans = name, (int(height), int(width)), in_chans
         self._arguments = {
             "in_chans": in_chans,

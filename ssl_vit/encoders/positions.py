@@ -1,9 +1,10 @@
-"""Position tables: the fixed 2-D sine-cosine table of MAE, and learned tables of a row and a column part."""
+"""Position tables: MAE's fixed 2-D sine-cosine table, learned rows and columns, and resizing within training."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def sincos2d_table(
@@ -58,3 +59,25 @@ def row_column_table(table: Tensor, grid_size: tuple[int, int]) -> Tensor:
     x, y = patches.unflatten(1, grid_size).chunk(2, dim=-1)  # (1, h, w, D / 2) each
     x, y = x.mean(dim=1, keepdim=True).expand_as(x), y.mean(dim=2, keepdim=True).expand_as(y)
     return torch.cat([prefix, torch.cat([x, y], dim=-1).flatten(1, 2)], dim=1)
+
+
+def resized_positions(table: Tensor, grid_size: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+    """A trained table at another grid, as DINO and iBOT resize it for small crops; gradients flow back.
+
+    Bicubic without antialiasing. The published code adds 0.1 patches to the new grid against rounding, which moves the
+    sampled places by as much; it is kept. Written as a product, because the backward pass of the interpolation itself
+    is not deterministic on a GPU.
+
+    Args:
+        table: (1, N, D) positions of patches, row by row.
+        grid_size: its (h, w).
+        new_grid: the wanted (h', w').
+
+    Returns:
+        (1, N', D), at least float32.
+    """
+    units = torch.eye(table.shape[1], device=table.device, dtype=table.dtype).unflatten(1, grid_size)[None]
+    scale = [(new + 0.1) / old for new, old in zip(new_grid, grid_size, strict=True)]
+    weights = F.interpolate(units, scale_factor=scale, mode="bicubic", align_corners=False)  # (1, N, h', w')
+    with torch.autocast(table.device.type, enabled=False):
+        return weights.flatten(2).transpose(1, 2) @ table

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ssl_vit.encoders.architectures import architecture_sizes, check_choice, check_sizes, default_heads, timm_name
 from ssl_vit.encoders.base import Encoder, Tokens
-from ssl_vit.encoders.positions import row_column_table, sincos2d_table
+from ssl_vit.encoders.positions import resized_positions, row_column_table, sincos2d_table
 
 POSITIONS = ("sincos2d", "learned", "learned2d", "none")
 
@@ -86,6 +86,7 @@ class ViT(Encoder):
         }
         self.pos_embed, self.global_pool, self.drop_path_rate = pos_embed, global_pool, drop_path_rate
         self.grad_checkpointing = grad_checkpointing
+        self._tables: dict[tuple[int, int], Tensor] = {}
         self._build({"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads})
 
     def _build(self, sizes: dict[str, int | None]) -> None:
@@ -124,7 +125,8 @@ class ViT(Encoder):
             table.zero_()
         elif self.pos_embed == "learned2d":  # a column of the first row and a row of the first column, as far apart
             x, y = table[:, -math.prod(self.grid_size) :].unflatten(1, self.grid_size).chunk(2, dim=-1)
-            x.copy_(x[:, :1].clone().expand_as(x)), y.copy_(y[:, :, :1].clone().expand_as(y))
+            x.copy_(x[:, :1].clone().expand_as(x))
+            y.copy_(y[:, :, :1].clone().expand_as(y))
         table.requires_grad_(not fixed)
 
     def position_table(self) -> Tensor:
@@ -170,7 +172,7 @@ class ViT(Encoder):
         if mask is not None:
             assert mask_token is not None, "a mask needs a mask token"
             patches = torch.where(mask[..., None], mask_token.to(patches.dtype), patches)
-        return self._encode(patches + self.positions()[:, self.num_positions_before_patches :])
+        return self._encode(patches + self._positions(image))
 
     def forward_visible(self, image: Tensor, keep: Tensor) -> Tokens:
         """Encode some patches of an image as if the others did not exist (MAE, section 3, "MAE encoder").
@@ -196,6 +198,24 @@ class ViT(Encoder):
             return tokens.patches.mean(dim=1)
         return tokens.prefix.mean(dim=1) if hasattr(self.model, "dist_token") else tokens.prefix[:, 0]
 
+    def take_any_size(self) -> None:
+        """From now on take images of any multiples of ``patch_size``, their positions fitted to the grid."""
+        self.any_size = True
+        self.model.patch_embed.strict_img_size = False
+
+    def _positions(self, image: Tensor) -> Tensor:
+        """Positions of an image's patches, (1, N, D): of another grid resized, or computed anew if they are fixed."""
+        table = self.positions()[:, self.num_positions_before_patches :]
+        grid = (image.shape[2] // self.patch_size, image.shape[3] // self.patch_size)
+        if grid == self.grid_size:
+            return table
+        if self.pos_embed != "sincos2d":
+            return resized_positions(table, self.grid_size, grid)
+        if grid not in self._tables:
+            self._tables[grid] = sincos2d_table(grid, self.embed_dim)
+        self._tables[grid] = self._tables[grid].to(table.device)
+        return self._tables[grid].to(table.dtype)
+
     def _encode(self, patches: Tensor) -> Tokens:
         """Blocks and final norm over prefix tokens and embedded patches (B, L, D)."""
         model, num_prefix = self.model, self.num_prefix_tokens
@@ -211,6 +231,8 @@ class ViT(Encoder):
         return Tokens(tokens[:, :num_prefix], tokens[:, num_prefix:])
 
     def _check_image(self, image: Tensor) -> None:
+        if self.any_size and image.shape[1] == self.in_chans and not any(n % self.patch_size for n in image.shape[2:]):
+            return
         if tuple(image.shape[1:]) != (self.in_chans, *self.img_size):
             raise ValueError(
                 f"image of shape {tuple(image.shape)}: this encoder takes (B, {self.in_chans}, {self.img_size[0]}, "
