@@ -89,7 +89,8 @@ def load_state(path: str | Path, whole: bool = False) -> dict[str, Tensor]:
             f"{file}: tensors without elements, as placeholders of sharded weights are: {', '.join(empty[:5])}; "
             "write the whole weights with the tool that made it"
         )
-    broken = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    real = {name: tensor for name, tensor in state.items() if tensor.is_floating_point() and not tensor.is_meta}
+    broken = [name for name, tensor in real.items() if not tensor.isfinite().all()]
     if broken:
         raise InputError(f"{file}: weights that are not finite: {', '.join(broken[:5])}; use an earlier checkpoint")
     state = {".".join(part for part in name.split(".") if part not in WRAPPERS): state[name] for name in state}

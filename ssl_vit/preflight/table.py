@@ -12,7 +12,7 @@ from ssl_vit.config import Section
 from ssl_vit.preflight.cost import GB, Cost, count, memory
 from ssl_vit.recipe import Recipe, micro_batch
 
-IN1K_IMAGES = 1_281_167
+IN1K_IMAGES, IN1K_CLASSES = 1_281_167, 1000
 RESERVE = 0.1
 """Share of a GPU's memory left to the CUDA context, kernels' workspaces and fragmentation."""
 
@@ -71,6 +71,8 @@ def make_plan(recipe: Recipe, machine: PlanSection, name: str) -> Report:
     micro = micro_batch(recipe.optim.batch_size, recipe.run.micro_batch_size, machine.gpus)
     if recipe.mixed_precision == "auto":
         recipe.mixed_precision = "bf16"  # what it will be on such a GPU
+    if recipe.objective.get("num_classes", 0) is None:
+        recipe.objective["num_classes"] = IN1K_CLASSES  # a head is small beside its encoder
     images, source, shards = _images(recipe, machine)
     cost = count(recipe)
     plan = Plan(recipe.optim, images, micro, machine.gpus)
