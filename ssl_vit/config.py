@@ -217,9 +217,9 @@ def import_part(package: str, name: str, key: str, base: str) -> type:
 
 def part_names(package: str, base: str) -> list[str]:
     """The names a recipe can choose from: the files of ``package`` that define a class derived from ``base``."""
-    folder = Path(importlib.import_module(package).__file__ or "").parent
-    pattern = re.compile(rf"^class \w+\({base}\b", re.MULTILINE)
-    return sorted(file.stem for file in folder.glob("*.py") if pattern.search(file.read_text(encoding="utf-8")))
+    files = [file for folder in importlib.import_module(package).__path__ for file in Path(folder).glob("*.py")]
+    pattern = re.compile(rf"^class \w+\((\w+, )*{base}\b", re.MULTILINE)
+    return sorted(file.stem for file in files if pattern.search(file.read_text(encoding="utf-8")))
 
 
 def signature_section(cls: type, skip: Iterable[str] = ()) -> type[BaseModel]:

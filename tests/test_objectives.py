@@ -16,7 +16,7 @@ from ssl_vit.data.loader import Pixels, TrainBatches
 from ssl_vit.objectives.base import CALLS, Objective, Progress
 from ssl_vit.recipe import Recipe, check_recipe
 
-NAMES = [name for name in part_names("ssl_vit.objectives", "Objective") if name != "ema_mae"]
+NAMES = [n for n in part_names("ssl_vit.objectives", "Objective") if n not in ("ema_mae", "frozen_mae")]
 TINY: dict[str, dict[str, Any]] = {
     "mae": TINY_DECODER,
     "simmim": {"mask_unit": 8},

@@ -67,6 +67,7 @@ def single(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(job(data, folder, "fresh"))
     train(job(data, folder, "poisoned", poison=POISON))
     train(job(data, folder, "ema", objective=EMA, poison=POISON))
+    train(job(data, folder, "frozen", objective={"name": "frozen_mae"}))
     return folder
 
 
@@ -81,6 +82,7 @@ def group(
         job(data, folder, "fresh"),
         job(data, folder, "onwards", resume=str(single / "fresh" / "checkpoints" / "step_00000008")),
         job(data, folder, "poisoned", poison=POISON),
+        job(data, folder, "frozen", objective={"name": "frozen_mae"}),
     ]
     if request.param in WHOLE:
         jobs.append(job(data, folder, "ema", objective=EMA, poison=POISON))
@@ -211,6 +213,16 @@ def test_a_teacher_and_a_centre_are_the_same_everywhere(group: tuple[str, Path],
         assert not torch.equal(here["teacher.model.blocks.0.mlp.fc1.weight"],
                                here["encoder.model.blocks.0.mlp.fc1.weight"])  # fmt: skip
         assert (folder / run / "weights_0.txt").read_text() == (folder / run / "weights_1.txt").read_text()
+
+
+def test_a_frozen_teacher_under_every_strategy(group: tuple[str, Path], single: Path) -> None:
+    """B64: the teacher stays as it was built, the losses are those of one process."""
+    _, folder = group
+    assert losses(folder / "frozen") == pytest.approx(losses(single / "frozen"), rel=1e-5)
+    first, last = (read_checkpoint(folder / "frozen" / "checkpoints" / f"step_{s:08d}").weights for s in (0, 20))
+    for name, tensor in first.items():
+        fixed = name.startswith("teacher.") or name.endswith("pos_embed")
+        assert torch.equal(tensor, last[name]) == fixed, name
 
 
 def test_the_export_is_of_whole_weights(group: tuple[str, Path], single: Path) -> None:

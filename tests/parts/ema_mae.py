@@ -10,11 +10,11 @@ from torch import Tensor
 from ssl_vit import distributed
 from ssl_vit.encoders.base import Encoder
 from ssl_vit.modules.ema import EMA
-from ssl_vit.objectives.base import Progress
+from ssl_vit.objectives.base import Objective, Progress
 from ssl_vit.objectives.mae import MAE
 
 
-class EmaMAE(MAE):
+class EmaMAE(MAE, Objective):
     """MAE's loss plus the distance to a moving target.
 
     Args:
