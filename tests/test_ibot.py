@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_ENCODER, run_python, tiny_recipe
+from conftest import ROOT, TINY_ENCODER, run_python, tiny_recipe
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 from ssl_vit.build import build_objective
-from ssl_vit.config import check, to_yaml
+from ssl_vit.config import InputError, check, load, to_yaml
 from ssl_vit.data.masking import blockwise_mask
 from ssl_vit.data.multicrop import ColourView, MaskRule
 from ssl_vit.data.views import seed_generators
@@ -32,6 +32,7 @@ from ssl_vit.objectives.ibot import IBOT
 from ssl_vit.recipe import Recipe, check_recipe
 from ssl_vit.run import run
 from ssl_vit.training.checkpoint import read_checkpoint
+from ssl_vit.training.launch import Launch
 from ssl_vit.training.metrics import read_metrics
 from ssl_vit.training.optim import OptimSection, clip_gradients, parameter_groups, set_schedule
 
@@ -306,6 +307,30 @@ def test_metrics_tell_a_collapse() -> None:
 # --------------------------------------------------------------------------------------------- schedules
 
 
+def test_published_settings() -> None:
+    """RECIPES: AdamW, 5e-4 x 1024/256, decay .04 to .4, 10 + 790 epochs to 1e-6, clip 3 of each parameter, 10 crops."""
+    values = load(
+        [ROOT / "configs" / "pretrain" / "ibot_vit_small_patch16_in1k.yaml"], ["data.train=builtin:digits-train"]
+    )
+    recipe = check_recipe(check(Recipe, values))
+    optim, objective = recipe.optim, recipe.objective
+    assert (optim.name, optim.betas, optim.batch_size, optim.base_lr) == ("adamw", (0.9, 0.999), 1024, 5e-4)
+    assert (optim.weight_decay, optim.weight_decay_end, optim.min_lr) == (0.04, 0.4, 1e-6)
+    assert (str(optim.epochs), str(optim.warmup_epochs)) == ("800", "10")
+    assert (optim.clip_grad, optim.clip_mode) == (3.0, "per_parameter")
+    assert {key: objective[key] for key in ("out_dim", "hidden_dim", "bottleneck_dim", "norm_last_layer")} == {
+        "out_dim": 8192, "hidden_dim": 2048, "bottleneck_dim": 256, "norm_last_layer": False,
+    }  # fmt: skip
+    assert (objective["freeze_last_layer"], objective["momentum"], objective["student_temp"]) == (1, 0.996, 0.1)
+    assert tuple(objective["teacher_temp"]) == tuple(objective["teacher_patch_temp"]) == (0.04, 0.07)
+    assert (objective["warmup_teacher_temp_epochs"], objective["centre_momentum"]) == (30, 0.9)
+    assert (tuple(objective["mask_ratio"]), tuple(objective["mask_variance"])) == ((0.0, 0.3), (0.0, 0.2))
+    assert (objective["local_crops"], objective["local_size"]) == (10, 96)
+    assert (tuple(objective["global_scale"]), tuple(objective["local_scale"])) == ((0.25, 1.0), (0.05, 0.25))
+    assert recipe.encoder["drop_path_rate"] == 0.1
+    assert recipe.encoder["pos_embed"] == "learned"
+
+
 def test_schedules_equal_the_published_arrays() -> None:
     """cosine_scheduler and the concatenated linspace of the published code, at every step of 40 epochs of 5."""
     epochs, per_epoch = 40, 5
@@ -505,6 +530,13 @@ def test_published_sizes_on_the_meta_device(name: str, millions: float) -> None:
 
 
 # ----------------------------------------------------------------------------------------------- layouts
+
+
+def test_resting_prototypes_are_refused_where_all_parameters_move() -> None:
+    with pytest.raises(InputError, match=r"objective\.freeze_last_layer\), and ZeRO-2 moves all"):
+        Launch("zero", 2, stage=2).check(tiny_ibot())
+    Launch("zero", 2, stage=2).check(tiny_ibot(freeze_last_layer=0))
+    Launch("ddp", 2).check(tiny_ibot(), clip_mode="per_parameter")
 
 
 def ibot_recipe(images: Path, folder: Path, **optim: Any) -> dict[str, Any]:

@@ -104,6 +104,12 @@ class Launch:
         name = self.name()
         if self.kind != "ddp" and clip_mode == "per_parameter":
             raise InputError(f"optim.clip_mode=per_parameter: gradients are in parts under {name}; use DDP")
+        if self.kind == "zero" and objective.resting:
+            # the engine steps flat parts of many parameters at once, so none of them can be left out
+            raise InputError(
+                f"objective {type(objective).__name__}: some of its parameters rest at the start (objective."
+                f"freeze_last_layer), and {name} moves all of them; use DDP"
+            )
         if (self.kind == "fsdp2" or self.stage == 3) and getattr(
             objective.after_step, "__func__", None
         ) is not NO_AFTER_STEP:

@@ -40,11 +40,7 @@ class Zero(Strategy):
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of one micro-batch's loss; the engine divides by the accumulation."""
-        # the engine takes gradients away as they come, so those that rest come as zeros; the published code has none
-        resting = [parameter.register_hook(torch.zeros_like) for parameter in self.objective.resting]
         self.wrapped.backward(loss)
-        for hook in resting:
-            hook.remove()
 
     def step(self) -> tuple[Tensor, Tensor]:
         """Clip and make the step, unless a gradient is not finite; DeepSpeed looks at the norm on the host."""
