@@ -140,6 +140,7 @@ def test_loss_and_gradients_equal_the_published_loops(dtype: torch.dtype, tolera
 
 def test_losses_equal_lightly() -> None:
     """lightly's DINO loss and iBOT patch loss, also the centre that it moves to."""
+    pytest.importorskip("lightly")
     from lightly.loss import DINOLoss, IBOTPatchLoss
 
     from ssl_vit.modules.self_distillation import (
@@ -179,6 +180,7 @@ def test_losses_equal_lightly() -> None:
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("norm_last_layer", [True, False])
 def test_head_equals_lightly(norm_last_layer: bool) -> None:
+    pytest.importorskip("lightly")
     from lightly.models.modules.heads import DINOProjectionHead
 
     torch.manual_seed(0)
