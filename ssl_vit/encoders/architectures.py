@@ -80,6 +80,22 @@ def check_sizes(prefix: str = "", **sizes: int | None) -> None:
         )
 
 
+def check_drop_path(rate: float) -> None:
+    """``drop_path_rate`` is a share below 1.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if not 0 <= rate < 1:
+        raise ValueError(f"drop_path_rate={rate}: allowed: 0 to below 1; nearest: 0.0")
+
+
+def height_width(img_size: int | tuple[int, int]) -> tuple[int, int]:
+    """(H, W) of a size that may be one number for both."""
+    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    return int(height), int(width)
+
+
 def check_choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
     """``value`` is one of ``allowed``.
 

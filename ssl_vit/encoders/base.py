@@ -64,6 +64,9 @@ class Encoder(nn.Module):
     drops_patches: bool = False
     any_size: bool = False
     grad_checkpointing: bool = False
+    drop_path_rate: float = 0.0
+    _arguments: dict[str, Any]
+    """Constructor arguments beside those that every encoder has."""
 
     def forward(self, image: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None) -> Tokens:
         """Encode an image; masked patches are replaced by the mask token before the positions are added.
@@ -95,12 +98,30 @@ class Encoder(nn.Module):
         raise ValueError(f"encoder.name={self.name!r}: this encoder takes images of one size only; allowed: a vit_*")
 
     def pool(self, tokens: Tokens) -> Tensor:
-        """The feature of an image, (B, D), as timm's own forward gives it."""
-        raise NotImplementedError
+        """The feature of an image, (B, D), as timm's own forward gives it: here the mean of the patches."""
+        return tokens.patches.mean(dim=1)
+
+    def check_image(self, image: Tensor) -> None:
+        """Refuse images of other channels or another size than the encoder was built for.
+
+        Raises:
+            ValueError: saying which it takes.
+        """
+        if tuple(image.shape[1:]) != (self.in_chans, *self.img_size):
+            raise ValueError(
+                f"image of shape {tuple(image.shape)}: this encoder takes (B, {self.in_chans}, {self.img_size[0]}, "
+                f"{self.img_size[1]}); build it with in_chans and img_size of the images, or crop them to it"
+            )
 
     def config(self) -> dict[str, Any]:
         """Constructor arguments that build this encoder again; plain types."""
-        raise NotImplementedError
+        return {
+            "name": self.name,
+            "img_size": list(self.img_size),
+            **self._arguments,
+            "drop_path_rate": self.drop_path_rate,
+            "grad_checkpointing": self.grad_checkpointing,
+        }
 
     def timm_config(self) -> tuple[str, dict[str, Any]]:
         """Architecture and arguments with which ``timm.create_model`` alone builds ``self.model``."""

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ssl_vit.config import nearest
-from ssl_vit.encoders.architectures import check_sizes
+from ssl_vit.encoders.architectures import check_drop_path, check_sizes, height_width
 from ssl_vit.encoders.base import Encoder, Tokens
 
 STRIDE = 32
@@ -56,13 +56,12 @@ class CNN(Encoder):
         super().__init__()
         if name not in _names():
             raise ValueError(f"name={name!r}: timm has no such ResNet{nearest(name, _names())}; e.g. resnet18")
-        if not 0 <= drop_path_rate < 1:
-            raise ValueError(f"drop_path_rate={drop_path_rate}: allowed: 0 to below 1; nearest: 0.0")
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        check_drop_path(drop_path_rate)
+        height, width = height_width(img_size)
         stages = {"channels": channels, "layers": layers}
         sizes = {f"{key}[{i}]": n for key, values in stages.items() for i, n in enumerate(values or ())}
         check_sizes("", in_chans=in_chans, **sizes, **{"img_size (height)": height, "img_size (width)": width})
-        self.name, self.img_size, self.in_chans = name, (int(height), int(width)), in_chans
+        self.name, self.img_size, self.in_chans = name, (height, width), in_chans
         self._arguments = {
             "in_chans": in_chans,
             "channels": list(channels) if channels else None,
@@ -75,16 +74,6 @@ class CNN(Encoder):
         self.embed_dim = self.token_dim = int(self.model.num_features)
         self.patch_size, self.num_prefix_tokens = STRIDE, 0
         self.grid_size = (-(-self.img_size[0] // STRIDE), -(-self.img_size[1] // STRIDE))
-
-    def config(self) -> dict[str, Any]:
-        """Constructor arguments that build this encoder again; plain types."""
-        return {
-            "name": self.name,
-            "img_size": list(self.img_size),
-            **self._arguments,
-            "drop_path_rate": self.drop_path_rate,
-            "grad_checkpointing": self.grad_checkpointing,
-        }
 
     def timm_config(self) -> tuple[str, dict[str, Any]]:
         """Architecture and arguments with which ``timm.create_model`` alone builds ``self.model``."""
@@ -103,7 +92,3 @@ class CNN(Encoder):
             raise ValueError(f"encoder.name={self.name!r}: this encoder masks nothing; allowed: a plain vit_*")
         patches = self.model.forward_features(image).flatten(2).transpose(1, 2)  # (B, N, D)
         return Tokens(patches[:, :0], patches)
-
-    def pool(self, tokens: Tokens) -> Tensor:
-        """The mean over all places, (B, D)."""
-        return tokens.patches.mean(dim=1)

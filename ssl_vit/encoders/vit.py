@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ssl_vit.encoders.architectures import architecture_sizes, check_choice, check_sizes, default_heads, timm_name
+from ssl_vit.encoders.architectures import (
+    architecture_sizes,
+    check_choice,
+    check_drop_path,
+    check_sizes,
+    default_heads,
+    height_width,
+    timm_name,
+)
 from ssl_vit.encoders.base import Encoder, Tokens
 from ssl_vit.encoders.positions import resized_positions, row_column_table, sincos2d_table
 
@@ -63,7 +71,6 @@ class ViT(Encoder):
     ) -> None:
         super().__init__()
         self.name = timm_name(name)
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         check_sizes(patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
         check_choice("pos_embed", pos_embed, POSITIONS)
         check_choice("global_pool", global_pool, ("token", "avg"))
@@ -73,11 +80,10 @@ class ViT(Encoder):
             raise ValueError(
                 f"global_pool={global_pool!r}, class_token={class_token}: allowed with {self.name}: 'token' and true"
             )
-        if not 0 <= drop_path_rate < 1:
-            raise ValueError(f"drop_path_rate={drop_path_rate}: allowed: 0 to below 1; nearest: 0.0")
+        check_drop_path(drop_path_rate)
         if embed_dim is not None:
             num_heads = num_heads or default_heads(embed_dim)
-        self.img_size = (int(height), int(width))
+        self.img_size = height_width(img_size)
         self._given = {
             "in_chans": in_chans,
             "mlp_ratio": mlp_ratio,
@@ -145,14 +151,7 @@ class ViT(Encoder):
 
     def config(self) -> dict[str, Any]:
         """Constructor arguments that build this encoder again; plain types."""
-        return {
-            "name": self.name,
-            "img_size": list(self.img_size),
-            **self._arguments,
-            "pos_embed": self.pos_embed,
-            "drop_path_rate": self.drop_path_rate,
-            "grad_checkpointing": self.grad_checkpointing,
-        }
+        return {**super().config(), "pos_embed": self.pos_embed}
 
     def timm_config(self) -> tuple[str, dict[str, Any]]:
         """Architecture and arguments with which ``timm.create_model`` alone builds ``self.model``."""
@@ -167,7 +166,7 @@ class ViT(Encoder):
             mask: bool (B, N), True = masked.
             mask_token: (1, 1, D), needed with ``mask``.
         """
-        self._check_image(image)
+        self.check_image(image)
         patches = self.model.patch_embed(image)  # (B, N, D)
         if mask is not None:
             assert mask_token is not None, "a mask needs a mask token"
@@ -183,7 +182,7 @@ class ViT(Encoder):
             image: (B, C, H, W), normalised.
             keep: int64 (B, L), indices of the visible patches; the tokens come in this order.
         """
-        self._check_image(image)
+        self.check_image(image)
         embed = self.model.patch_embed
         (h, w), p = self.grid_size, self.patch_size
         grid = image.unflatten(3, (w, p)).unflatten(2, (h, p)).permute(0, 2, 4, 1, 3, 5)  # (B, h, w, C, p, p), a view
@@ -195,7 +194,7 @@ class ViT(Encoder):
     def pool(self, tokens: Tokens) -> Tensor:
         """The feature of an image, (B, D), as timm's own forward gives it."""
         if self.global_pool == "avg":
-            return tokens.patches.mean(dim=1)
+            return super().pool(tokens)
         return tokens.prefix.mean(dim=1) if hasattr(self.model, "dist_token") else tokens.prefix[:, 0]
 
     def take_any_size(self) -> None:
@@ -230,14 +229,15 @@ class ViT(Encoder):
         tokens = model.norm(tokens)
         return Tokens(tokens[:, :num_prefix], tokens[:, num_prefix:])
 
-    def _check_image(self, image: Tensor) -> None:
+    def check_image(self, image: Tensor) -> None:
+        """Refuse images that do not fit; after :meth:`take_any_size` any multiples of ``patch_size`` do.
+
+        Raises:
+            ValueError: saying which it takes.
+        """
         if self.any_size and image.shape[1] == self.in_chans and not any(n % self.patch_size for n in image.shape[2:]):
             return
-        if tuple(image.shape[1:]) != (self.in_chans, *self.img_size):
-            raise ValueError(
-                f"image of shape {tuple(image.shape)}: this encoder takes (B, {self.in_chans}, {self.img_size[0]}, "
-                f"{self.img_size[1]}); build it with in_chans and img_size of the images, or crop them to it"
-            )
+        super().check_image(image)
 
 
 def transformer_blocks(embed_dim: int, depth: int, num_heads: int, mlp_ratio: float) -> nn.ModuleList:
