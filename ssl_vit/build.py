@@ -114,9 +114,17 @@ def resolve_pixels(data: DataSection, encoder: dict[str, Any]) -> Pixels:
     return Pixels(**chosen, in_chans=chans, max_pixels=data.max_pixels)
 
 
-def open_data(data: DataSection, spec: str) -> Index:
-    """The shards of one source."""
-    return open_source(spec, labels=data.labels, cache=Path(data.cache) if data.cache else None)
+def open_data(data: DataSection, spec: str, opened: dict[str, Index] | None = None) -> Index:
+    """The shards of one source; ``opened`` keeps it, for a folder of many images takes long to list."""
+    opened = {} if opened is None else opened
+    if spec not in opened:
+        opened[spec] = open_source(spec, labels=data.labels, cache=Path(data.cache) if data.cache else None)
+    return opened[spec]
+
+
+def train_specs(data: DataSection) -> list[str]:
+    """``data.train`` as a list."""
+    return [data.train] if isinstance(data.train, str) else list(data.train or [])
 
 
 @dataclass(frozen=True)
@@ -152,23 +160,22 @@ class Sets:
         return constructed("data", lambda: Stream(orders, recipe.seed, data.weights, data.repeats))
 
 
-def open_sets(data: DataSection) -> Sets:
+def open_sets(data: DataSection, opened: dict[str, Index] | None = None) -> Sets:
     """Open all sources; the rule for what probes train on is the contract's (``data.probe``)."""
-    specs = [data.train] if isinstance(data.train, str) else list(data.train or [])
-    train = [open_data(data, spec) for spec in specs]
+    train = [open_data(data, spec, opened) for spec in train_specs(data)]
     if data.val is None:
         if not train:
             raise InputError("data.val: is required; give labelled images as data.val=folder:/my/labelled")
         images = Subset.spread(train[0], LABEL_FREE_IMAGES)
         return Sets(train, images, "no data.val: label-free measures on data.train")
-    val = open_data(data, data.val)
+    val = open_data(data, data.val, opened)
     if not val.labelled:
         raise InputError(
             f"data.val={data.val}: has no labels; give class folders, or leave it out for label-free measures"
         )
     everything = Subset.all(val)
     if data.probe is not None:
-        probe = open_data(data, data.probe)
+        probe = open_data(data, data.probe, opened)
         if not probe.labelled or probe.classes != val.classes:
             raise InputError(f"data.probe={data.probe}: should have the classes of data.val: {_few(val.classes)}")
         return Sets(train, everything, "probes train on data.probe, scored on data.val", Subset.all(probe), everything)
@@ -179,7 +186,7 @@ def open_sets(data: DataSection) -> Sets:
     return Sets(train, everything, rule, *split_by_key(everything, 0.2))
 
 
-def resolve_classes(recipe: Recipe) -> None:
+def resolve_classes(recipe: Recipe, opened: dict[str, Index] | None = None) -> None:
     """An objective with ``num_classes`` learns the classes of ``data.train``; null becomes their number.
 
     Raises:
@@ -190,11 +197,10 @@ def resolve_classes(recipe: Recipe) -> None:
         if "accuracy" in recipe.evals:
             raise InputError(f"evals.accuracy: objective.name={stated['name']!r} predicts no classes; leave it out")
         return
-    specs = [data.train] if isinstance(data.train, str) else list(data.train or [])
-    sources = {f"data.train={spec}": open_data(data, spec) for spec in specs}
+    sources = {f"data.train={spec}": open_data(data, spec, opened) for spec in train_specs(data)}
     first = next(iter(sources.values()))
     if data.val is not None and "accuracy" in recipe.evals:
-        sources[f"data.val={data.val}"] = open_data(data, data.val)
+        sources[f"data.val={data.val}"] = open_data(data, data.val, opened)
     for name, index in sources.items():
         missing = int((index.samples["label"] < 0).sum())
         if missing:

@@ -12,8 +12,8 @@ from ssl_vit.export.timm_folder import export_timm
 from ssl_vit.objectives.base import Objective
 from ssl_vit.recipe import Recipe
 from ssl_vit.training.metrics import read_metrics
+from ssl_vit.training.plan import Plan
 from ssl_vit.training.run_folder import RunFolder
-from ssl_vit.training.trainer import Plan
 
 logger = logging.getLogger(__name__)
 

@@ -24,10 +24,11 @@ from ssl_vit.training.checkpoint import Checkpoints, read_checkpoint
 from ssl_vit.training.environment import library_versions
 from ssl_vit.training.launch import KINDS, Launch
 from ssl_vit.training.metrics import MetricsLog, truncate_metrics
+from ssl_vit.training.plan import Plan
 from ssl_vit.training.run_folder import RunFolder
 from ssl_vit.training.signals import Interrupted, Preempted, StopRequest
 from ssl_vit.training.skips import Skips
-from ssl_vit.training.trainer import Plan, Trainer
+from ssl_vit.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ def run(recipe: Recipe, resume: str = "auto") -> None:
         micro = micro_batch(recipe.optim.batch_size, recipe.run.micro_batch_size, launch.num_ranks)
         pixels = build.resolve_pixels(recipe.data, recipe.encoder)
         precision = build.resolve_precision(recipe)
-        build.resolve_classes(recipe)
+        build.resolve_classes(recipe, opened := {})
         deepspeed = launch.deepspeed_config(precision, recipe.optim, micro) if launch.kind == "zero" else None
         folder = RunFolder(recipe.run.dir)
         folder.check_resume(plain(recipe), resume)
@@ -52,7 +53,7 @@ def run(recipe: Recipe, resume: str = "auto") -> None:
             return report(folder)
         objective = build.build_objective(recipe)
         launch.check(objective, recipe.optim.clip_mode)
-        sets = build.open_sets(recipe.data)
+        sets = build.open_sets(recipe.data, opened)
         stream = sets.stream(recipe)
         plan = Plan(recipe.optim, stream.epoch_size, micro, launch.num_ranks)
         plan.check()

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from ssl_vit.data.augment import AugmentSection, SupervisedView, erased, from_pil, posterize, three_augment, to_pil
-from ssl_vit.data.views import seed_generators
+from ssl_vit.data.augment import AugmentSection, SupervisedView, erased, posterize, three_augment
+from ssl_vit.data.views import from_pil, seed_generators, to_pil
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PLAIN = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip": 0.0}

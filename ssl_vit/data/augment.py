@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from PIL import Image, ImageFilter, ImageOps
 from pydantic import Field
 from torch import Tensor
 
 from ssl_vit.config import Section
-from ssl_vit.data.views import CropView
+from ssl_vit.data.views import CropView, from_pil, to_pil
 
 THREE_AUGMENT = "3a"
 
@@ -98,16 +97,6 @@ class SupervisedView(CropView):
         if self.auto_augment == THREE_AUGMENT:
             return three_augment(image)
         return _rand_augment(str(self.auto_augment), min(self.img_size), self.mean, self.interpolation)(image)
-
-
-def to_pil(image: Tensor) -> Image.Image:
-    """uint8 (3, H, W) as a picture."""
-    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-
-
-def from_pil(image: Image.Image) -> Tensor:
-    """A picture as uint8 (3, H, W)."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def three_augment(image: Image.Image) -> Image.Image:

@@ -6,13 +6,12 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageFilter, ImageOps
+from PIL import ImageFilter, ImageOps
 from torch import Tensor
 
 from ssl_vit.data.masking import blockwise_mask
-from ssl_vit.data.views import CropView
+from ssl_vit.data.views import CropView, from_pil, to_pil
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class ColourView(CropView):
         """Jitter, grey, blur and solarisation of a uint8 (C, H, W) image."""
         from torchvision.transforms import ColorJitter
 
-        picture = Image.fromarray(image.permute(1, 2, 0).numpy() if len(image) == 3 else image[0].numpy())
+        picture = to_pil(image)
         if random.random() < self.jitter_prob:
             picture = ColorJitter(*self.jitter)(picture)
         if random.random() < self.grey:
@@ -72,8 +71,7 @@ class ColourView(CropView):
             picture = picture.filter(ImageFilter.GaussianBlur(random.uniform(*self.blur_sigma)))
         if random.random() < self.solarise:
             picture = ImageOps.solarize(picture)
-        pixels = torch.from_numpy(np.array(picture))
-        return pixels.permute(2, 0, 1).contiguous() if pixels.ndim == 3 else pixels[None]
+        return from_pil(picture)
 
 
 @dataclass(frozen=True)

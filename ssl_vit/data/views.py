@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -33,6 +34,17 @@ def resize(image: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
     if tuple(image.shape[-2:]) == size:
         return image
     return F.interpolate(image[None], size, mode=interpolation, antialias=True, align_corners=False)[0]
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """uint8 (3, H, W) or (1, H, W) as a picture."""
+    return Image.fromarray(image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).contiguous().numpy())
+
+
+def from_pil(picture: Image.Image) -> Tensor:
+    """A picture as uint8 (3, H, W) or (1, H, W)."""
+    pixels = torch.from_numpy(np.array(picture))
+    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
 
 
 @dataclass(frozen=True)

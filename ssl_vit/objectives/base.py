@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -81,8 +82,11 @@ class Objective(nn.Module):
         return self.encoder(batch["image"])
 
     def views(self, img_size: tuple[int, int]) -> Callable[[dict[str, Any]], dict[str, Tensor]]:
-        """The training view of this objective."""
-        raise ValueError(f"{type(self).__name__} has no training view: it can be measured, not trained")
+        """The training view of this objective: ``self.view`` at a size, unless more of it depends on the size."""
+        view = getattr(self, "view", None)
+        if view is None:
+            raise ValueError(f"{type(self).__name__} has no training view: it can be measured, not trained")
+        return replace(view, img_size=img_size)
 
     def before_step(self, progress: Progress) -> None:
         """Set whatever is scheduled, as a function of ``progress`` alone."""

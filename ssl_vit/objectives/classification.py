@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -77,10 +76,6 @@ class Classification(Objective):
             for part in (self.encoder, self.head):
                 self.freeze(part)
             self.after_step = self._average  # pyright: ignore[reportAttributeAccessIssue]
-
-    def views(self, img_size: tuple[int, int]) -> SupervisedView:
-        """Crop, flip and the recipe's augmentations, with the label."""
-        return replace(self.view, img_size=img_size)
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss against soft targets.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -73,10 +72,6 @@ class DeiT(Objective):
         self.head_dist = classifier(encoder.token_dim, num_classes, head_std)
         self.teacher = Teacher(teacher, num_classes, mean, std)
         self.freeze(self.teacher)
-
-    def views(self, img_size: tuple[int, int]) -> SupervisedView:
-        """Crop, flip and the recipe's augmentations, with the label."""
-        return replace(self.view, img_size=img_size)
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """``(1 - alpha)`` of the class token's loss plus ``alpha`` of the distillation token's.

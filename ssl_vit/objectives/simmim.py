@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -68,10 +67,6 @@ class SimMIM(Objective):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, token_width))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.head = nn.Linear(encoder.token_dim, encoder.patch_size**2 * encoder.in_chans)
-
-    def views(self, img_size: tuple[int, int]) -> UnitMaskedView:
-        """Crop, flip and a random mask of large units (section 4.1)."""
-        return replace(self.view, img_size=img_size)
 
     def no_weight_decay(self) -> set[str]:
         """The mask token, and what the encoder's supervised recipe exempts."""

@@ -92,14 +92,11 @@ def step_counter(recipe: Recipe, mode: Any = None) -> tuple[Any, Callable[[int],
     from ssl_vit.objectives.base import Progress
     from ssl_vit.training.strategies import transformer_blocks
 
-    pixels = build.resolve_pixels(copy.deepcopy(recipe.data), recipe.encoder)
     with torch.device("cpu" if mode is None else "meta"):
         objective = build.build_objective(recipe).train()
     if mode is not None:
         with mode:
             objective.to_empty(device="cpu")  # fake: shapes without memory
-    view = objective.views(objective.encoder.img_size)
-    height, width = objective.encoder.img_size
     kept: dict[int, int] = {}
     own: set[int] = set()
 
@@ -114,10 +111,7 @@ def step_counter(recipe: Recipe, mode: Any = None) -> tuple[Any, Callable[[int],
         block.register_forward_pre_hook(lambda module, inputs: (keep(inputs[0]), None)[1])
 
     def run(batch_size: int) -> tuple[float, float]:
-        blank = torch.zeros(pixels.in_chans, height, width, dtype=torch.uint8)
-        views = [view({"image": blank, "label": 0}) for _ in range(batch_size)]
-        batch = {key: torch.stack([v[key] for v in views]) for key in views[0]}
-        batch = pixels.to_device(batch, torch.device("cpu"))
+        batch = _blank_batch(objective, recipe, batch_size, "cpu")
         if mode is not None:
             batch = {key: mode.from_tensor(value) for key, value in batch.items()}
         kept.clear()
@@ -134,6 +128,20 @@ def step_counter(recipe: Recipe, mode: Any = None) -> tuple[Any, Callable[[int],
         return counter.get_total_flops(), float(sum(kept.values()))
 
     return objective, run
+
+
+def _blank_batch(objective: Any, recipe: Recipe, batch_size: int, device: str) -> dict[str, Any]:
+    """The objective's own views of a black image, as the loader would give them."""
+    import torch
+
+    from ssl_vit import build
+
+    pixels = build.resolve_pixels(copy.deepcopy(recipe.data), recipe.encoder)
+    blank = torch.zeros(pixels.in_chans, *objective.encoder.img_size, dtype=torch.uint8)
+    view = objective.views(objective.encoder.img_size)
+    views = [view({"image": blank, "label": 0}) for _ in range(batch_size)]
+    batch = {key: torch.stack([v[key] for v in views]) for key in views[0]}
+    return pixels.to_device(batch, torch.device(device))
 
 
 def _attention_flops() -> dict[Any, Callable[..., int]]:
@@ -211,13 +219,7 @@ def measured(recipe: Recipe, micro: int) -> str:
 
     objective = build.build_objective(recipe).cuda().train()
     optimizer = build_optimizer(objective, recipe.optim)
-    pixels = build.resolve_pixels(copy.deepcopy(recipe.data), recipe.encoder)
-    height, width = objective.encoder.img_size
-    view = objective.views(objective.encoder.img_size)
-    blank = torch.zeros(pixels.in_chans, height, width, dtype=torch.uint8)
-    views = [view({"image": blank, "label": 0}) for _ in range(micro)]
-    batch = {key: torch.stack([v[key] for v in views]) for key in views[0]}
-    batch = pixels.to_device(batch, torch.device("cuda"))
+    batch = _blank_batch(objective, recipe, micro, "cuda")
     torch.cuda.reset_peak_memory_stats()
     for step in range(13):
         if step == 3:

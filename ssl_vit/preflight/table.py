@@ -111,8 +111,7 @@ def _images(recipe: Recipe, machine: PlanSection) -> tuple[int, str, str]:
     from ssl_vit import build
     from ssl_vit.data.index import INDEX
 
-    specs = [recipe.data.train] if isinstance(recipe.data.train, str) else list(recipe.data.train or [])
-    folders = [Path(spec).expanduser() for spec in specs]
+    folders = [Path(spec).expanduser() for spec in build.train_specs(recipe.data)]
     if folders and all((folder / INDEX).is_file() for folder in folders):
         indexes = [build.open_data(recipe.data, str(folder)) for folder in folders]
         sizes = [int(size) for index in indexes for size in index.shard_sizes]

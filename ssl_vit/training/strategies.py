@@ -105,7 +105,7 @@ class Strategy:
     def _gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         gathered = ((name, whole(tensor.detach())) for name, tensor in tensors.items())
         # a copy: saving goes on while training must not change it
-        return {name: tensor.cpu().clone() for name, tensor in gathered if distributed.is_main()}
+        return {name: tensor.to("cpu", copy=True) for name, tensor in gathered if distributed.is_main()}
 
 
 class FSDP2(Strategy):

@@ -108,9 +108,9 @@ class Trainer:
             self._seed(step)
 
             # schedules
-            self.objective.before_step(plan.progress(step))
-            lr = plan.learning_rate(step)
-            set_schedule(self.strategy.param_groups, plan.optim, lr, plan.progress(step).fraction)
+            progress, lr = plan.progress(step), plan.learning_rate(step)
+            self.objective.before_step(progress)
+            set_schedule(self.strategy.param_groups, plan.optim, lr, progress.fraction)
 
             # micro-batches: forward and backward
             losses, metrics = [], {}
