@@ -151,11 +151,6 @@ class Checkpoints:
             if step not in kept and not self.keep(step):
                 shutil.rmtree(self.path(step))
 
-    def newest(self) -> Path | None:
-        """The newest checkpoint, or None."""
-        steps = self.steps()
-        return self.path(steps[-1]) if steps else None
-
     def newest_whole(self, set_aside: bool) -> tuple[Path, Saved] | None:
         """The newest checkpoint whose files are as they were written, and its content.
 
