@@ -83,20 +83,25 @@ def load_state(path: str | Path, whole: bool = False) -> dict[str, Tensor]:
     state = {str(name): value for name, value in opened.items() if isinstance(value, Tensor)}
     if not state:
         raise InputError(f"{file}: holds no tensors by name; its keys: {', '.join(map(str, list(content)[:8]))}")
-    empty = [name for name, tensor in state.items() if tensor.numel() == 0]
+    empty, broken = unusable(state)
     if empty:
         raise InputError(
             f"{file}: tensors without elements, as placeholders of sharded weights are: {', '.join(empty[:5])}; "
             "write the whole weights with the tool that made it"
         )
-    real = {name: tensor for name, tensor in state.items() if tensor.is_floating_point() and not tensor.is_meta}
-    broken = [name for name, tensor in real.items() if not tensor.isfinite().all()]
     if broken:
         raise InputError(f"{file}: weights that are not finite: {', '.join(broken[:5])}; use an earlier checkpoint")
     state = {".".join(part for part in name.split(".") if part not in WRAPPERS): state[name] for name in state}
     while prefix := next((p for p in COMMON_PREFIXES if all(name.startswith(p) for name in state)), None):
         state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     return state
+
+
+def unusable(tensors: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
+    """Names of tensors without elements, as placeholders of sharded weights are, and of those that are not finite."""
+    empty = [name for name, tensor in tensors.items() if tensor.numel() == 0]
+    real = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.is_meta}
+    return empty, [name for name, tensor in real.items() if not tensor.isfinite().all()]
 
 
 def _read(file: Path) -> Mapping[Any, Any]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_vit.encoders.base import Encoder
+from ssl_vit.encoders.files import unusable
 
 TOLERANCE = 1e-5
 ABOUT_OTHER_WEIGHTS = ("tag", "url", "hf_hub_id", "origin_url", "paper_ids", "paper_name", "notes", "license")
@@ -107,8 +108,7 @@ def _write(encoder: Encoder, folder: Path, data: dict[str, Any], facts: dict[str
 def _whole_state(model: nn.Module) -> dict[str, Tensor]:
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-    empty = [name for name, tensor in state.items() if not tensor.numel()]
-    broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+    empty, broken = unusable(state)
     if empty:
         raise ValueError(f"not exported, tensors without elements (a partitioned model?): {', '.join(empty[:5])}")
     if broken:

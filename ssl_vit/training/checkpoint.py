@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ssl_vit.config import InputError
+from ssl_vit.encoders.files import unusable
 
 logger = logging.getLogger(__name__)
 
@@ -237,9 +238,8 @@ def check_tensors(weights: dict[str, Tensor], what: str) -> None:
         FloatingPointError: one is not finite.
         ValueError: one is empty, as the placeholders of sharded weights are.
     """
-    empty = [name for name, t in weights.items() if t.numel() == 0]
+    empty, broken = unusable(weights)
     if empty:
         raise ValueError(f"{what}, empty tensors: {', '.join(empty[:5])}")
-    broken = [name for name, t in weights.items() if t.is_floating_point() and not t.isfinite().all()]
     if broken:
         raise FloatingPointError(f"{what}, not finite: {', '.join(broken[:5])}")
