@@ -2,6 +2,7 @@
 
     group.py JOBS.json        JOBS: [{"recipe": FILE, "resume": "auto" | PATH, "poison": [steps]}]
 
+Beside that it leaves in RUN/held_RANK.json the shares of all trained numbers, and of the optimizer's, that it holds.
 ``poison`` makes the loss of those steps (counted from 1) infinite on the last process. After each run every process
 leaves the hash of the weights that it holds, gathered where they are in parts, in RUN/weights_RANK.txt.
 """
@@ -40,6 +41,20 @@ def weights_hash(trainer: Trainer) -> str:
     return digest.hexdigest()
 
 
+def held(trainer: Trainer) -> dict[str, float]:
+    """Shares of the trained parameters and of the optimizer's moments that this process holds itself."""
+    strategy = trainer.strategy
+    total = sum(getattr(p, "ds_numel", p.numel()) for p in strategy.named.values())
+
+    def local(tensor: Any) -> int:
+        tensor = getattr(tensor, "ds_tensor", tensor)  # ZeRO-3's part
+        return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).numel()
+
+    optimizer = getattr(strategy.optimizer, "optimizer", strategy.optimizer)  # inside DeepSpeed's
+    moments = sum(local(state["exp_avg"]) for state in optimizer.state.values())
+    return {"parameters": sum(map(local, strategy.named.values())) / total, "moments": moments / total}
+
+
 def infinite(trainer: Trainer, steps: list[int]) -> None:
     """Make the loss of some steps infinite on the last process."""
     objective: Objective = trainer.strategy.objective
@@ -72,6 +87,7 @@ def train(job: dict[str, Any]) -> None:
         run(recipe, job.get("resume", "auto"))
     finally:
         Trainer.fit = fit
+    (Path(recipe.run.dir) / f"held_{distributed.rank()}.json").write_text(json.dumps(held(seen[0])))
     (Path(recipe.run.dir) / f"weights_{distributed.rank()}.txt").write_text(weights_hash(seen[0]))
 
 

@@ -149,6 +149,17 @@ def test_one_process_goes_on_from_any_strategy(
         assert samples(run) == {step: names for step, names in expected.items() if step >= first}
 
 
+def test_what_each_process_holds(group: tuple[str, Path]) -> None:
+    """All of it, or about half where the strategy says so: nothing runs in disguise."""
+    name, folder = group
+    parameters = 0.5 if name in ("zero3", "fsdp2") else 1.0
+    moments = 1.0 if name == "ddp" else 0.5
+    for rank in (0, 1):
+        found = json.loads((folder / "fresh" / f"held_{rank}.json").read_text())
+        assert found["parameters"] == pytest.approx(parameters, abs=0.05)
+        assert found["moments"] == pytest.approx(moments, abs=0.05)
+
+
 def test_every_process_ends_with_the_same_weights(group: tuple[str, Path]) -> None:
     _, folder = group
     for run in ("fresh", "onwards", "poisoned"):

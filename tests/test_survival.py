@@ -21,7 +21,7 @@ import torch
 from conftest import tiny_recipe
 from test_trainer import losses, start_process, train, wait_for_step
 
-from ssl_vit.config import InputError
+from ssl_vit.config import InputError, to_yaml
 from ssl_vit.objectives.mae import MAE
 from ssl_vit.training.checkpoint import Checkpoints, read_checkpoint
 from ssl_vit.training.metrics import read_metrics
@@ -291,32 +291,34 @@ def test_a_preempted_evaluation_is_made_up_for(images: Path, tmp_path: Path, mon
     assert losses(folder) == losses(straight)
 
 
-def test_two_processes_go_on_bit_for_bit(images: Path, tmp_path: Path) -> None:
-    """Both killed with -9 in the middle, started again: the losses of a straight run of two."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+@pytest.mark.parametrize("objective", ["mae", "ema_mae"])
+def test_two_processes_go_on_bit_for_bit(objective: str, images: Path, tmp_path: Path) -> None:
+    """Both killed with -9, twice, at random moments, and started again: the losses of a straight run of two."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipeline = str(Path(__file__).parents[1] / "pipelines" / "pretrain_mae.py")
 
     def start(values: dict[str, Any]) -> subprocess.Popen[str]:
-        from ssl_vit.config import to_yaml
+        (tmp_path / "recipe.yaml").write_text(to_yaml(values))
+        (tmp_path / "jobs.json").write_text(json.dumps([{"recipe": str(tmp_path / "recipe.yaml")}]))
+        command = [*launch, str(Path(__file__).parent / "group.py"), str(tmp_path / "jobs.json")]
+        return subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True)
 
-        file = tmp_path / "recipe.yaml"
-        file.write_text(to_yaml(values))
-        return subprocess.Popen([*command, pipeline, "--config", str(file)], env=environment, start_new_session=True,
-                                stderr=subprocess.PIPE, text=True)  # fmt: skip
-
-    found = []
-    for name, kill in (("straight", False), ("broken", True)):
+    found, draw = [], random.Random()
+    for name, kills in (("straight", 0), ("broken", 2)):
         values = tiny_recipe(images, tmp_path / name, optim__epochs="150 steps")
+        values["objective"]["name"] = objective
         values["run"] |= {"save_every": "5 steps"}
-        process = start(values)
-        if kill:
-            wait_for_step(tmp_path / name, 20, process)
+        for kill in range(kills):
+            process = start(values)
+            wait_for_step(tmp_path / name, 20 + 50 * kill, process)
+            time.sleep(draw.uniform(0, 0.3))
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
-            process = start(values)
+        process = start(values)
         message = process.communicate(timeout=120)[1]
         assert process.returncode == 0, message[-3000:]
-        assert ("resumed after step" in message) is kill
+        assert ("resumed after step" in (tmp_path / name / "train.log").read_text()) is (kills > 0)
         found.append(losses(tmp_path / name))
     assert found[0] == found[1]
+    hashes = [(tmp_path / name / "weights_0.txt").read_text() for name in ("straight", "broken")]
+    assert hashes[0] == hashes[1]
