@@ -99,20 +99,16 @@ def pretrain(doc: str | None, pipeline: str, objective: str, default: str, image
     def guard(values: dict[str, Any]) -> None:
         name = (values.get("objective") or {}).get("name")
         if name != objective:
-            raise InputError(
-                f"objective.name={name!r}: this pipeline trains {objective!r}; {_other_door(name, pipeline)}"
-            )
+            raise InputError(f"objective.name={name!r}: this pipeline trains {objective!r}; {_door_of(name, pipeline)}")
 
     _door(doc, pipeline, Recipe, defaults, guard, start)
 
 
-def _other_door(objective: str | None, pipeline: str) -> str:
+def _door_of(objective: str | None, pipeline: str) -> str:
     """Which pipeline trains an objective: the one beside ``pipeline`` whose call of :func:`pretrain` names it."""
     call = re.compile(r"""cli\.pretrain\(\s*__doc__,\s*__file__,\s*["'](\w+)["']""")
-    texts = {
-        file.name: file.read_text(encoding="utf-8") for file in sorted(Path(pipeline).resolve().parent.glob("*.py"))
-    }
-    doors = {found[1]: f"pipelines/{name}" for name, text in texts.items() if (found := call.search(text))}
+    files = sorted(Path(pipeline).resolve().parent.glob("*.py"))
+    doors = {found[1]: f"pipelines/{file.name}" for file in files if (found := call.search(file.read_text()))}
     return f"use {doors[objective]}" if objective in doors else f"there are {', '.join(doors.values())}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,12 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import TINY_ENCODER, tiny_recipe, write_images
+from conftest import TINY_ENCODER, run_python, tiny_recipe, write_images
 from torch.nn import functional as F
 from transformers_names import of_transformers
 
 from ssl_vit.build import build_objective, open_sets, resolve_classes
-from ssl_vit.config import InputError, check
+from ssl_vit.config import InputError, check, to_yaml
 from ssl_vit.data.loader import Pixels
 from ssl_vit.data.views import seed_generators
 from ssl_vit.encoders.base import create_encoder
@@ -261,8 +262,6 @@ def test_a_run_learns_resumes_and_scores(images: Path, tmp_path: Path) -> None:
     assert result["final"]["accuracy/top1"] > 0.9
     assert result["final"]["accuracy/top1"] > result["initial"]["accuracy/top1"]
     whole = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    import shutil
-
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000040")
     (tmp_path / "run" / "checkpoints" / "latest").write_text("step_00000020\n")
     (tmp_path / "run" / "status.json").unlink()
@@ -270,6 +269,29 @@ def test_a_run_learns_resumes_and_scores(images: Path, tmp_path: Path) -> None:
     run(supervised(images, tmp_path / "run", **changes))
     again = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [line["loss"] for line in again if "loss" in line] == [line["loss"] for line in whole if "loss" in line]
+
+
+def test_two_processes_train_and_score_like_one(images: Path, tmp_path: Path) -> None:
+    """Level (b) without mixing, and every one of 71 images is scored once."""
+    val = tmp_path / "val"
+    shutil.copytree(images, val)
+    next(iter(sorted(val.rglob("*.png")))).unlink()
+    lines = {}
+    for name in ("one", "two"):
+        changes = {"data__val": f"folder:{val}", "run__micro_batch_size": 4, "objective__ema_decay": 0.5}
+        recipe = supervised(images, tmp_path / name, **changes)
+        if name == "one":
+            run(recipe)
+        else:
+            (tmp_path / "r.yaml").write_text(to_yaml(recipe))
+            words = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "pipelines/train_supervised.py"]
+            done = run_python(*words, "--config", str(tmp_path / "r.yaml"), env={"ACCELERATE_USE_CPU": "true"})
+            assert done.returncode == 0, done.stderr
+        lines[name] = read_metrics(tmp_path / name / "metrics.jsonl")
+    one, two = ([line["loss"] for line in lines[name] if "loss" in line] for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-5)
+    assert lines["one"][0]["accuracy/top1"] == lines["two"][0]["accuracy/top1"]
+    assert (lines["two"][0]["accuracy/top1"] * 71) == pytest.approx(round(lines["two"][0]["accuracy/top1"] * 71))
 
 
 def test_a_resnet_trains_exports_and_is_measured(images: Path, tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ def _rand_augment(config: str, size: int, mean: tuple[float, ...], interpolation
 
 
 def posterize(image: Image.Image, bits: int, **unused: Any) -> Image.Image:
-    """The upper ``bits`` of each channel; none of them is black, which Pillow 12 refuses to make."""
+    """The upper ``bits`` of each channel; none of them is black, which newer Pillows refuse to make."""
     return ImageOps.posterize(image, min(bits, 8)) if bits > 0 else Image.new(image.mode, image.size)
 
 

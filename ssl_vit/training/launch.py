@@ -110,9 +110,8 @@ class Launch:
                 f"objective {type(objective).__name__}: some of its parameters rest at the start (objective."
                 f"freeze_last_layer), and {name} moves all of them; use DDP"
             )
-        if (self.kind == "fsdp2" or self.stage == 3) and getattr(
-            objective.after_step, "__func__", None
-        ) is not NO_AFTER_STEP:
+        moves = getattr(objective.after_step, "__func__", None) is not NO_AFTER_STEP
+        if moves and (self.kind == "fsdp2" or self.stage == 3):
             raise InputError(
                 f"objective {type(objective).__name__}: it changes weights after a step (EMA, centres), and under "
                 f"{name} each process holds only parts of them; use DDP, ZeRO-1 or ZeRO-2"
