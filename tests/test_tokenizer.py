@@ -442,7 +442,7 @@ def test_vqkd_loss_is_the_papers() -> None:
     target = objective.teacher.model((pixels - mean) / std).patches
     cosine = (rebuilt / rebuilt.norm(dim=-1, keepdim=True) * target / target.norm(dim=-1, keepdim=True)).sum(-1)
     expected = (1 - cosine).mean() + 0.7 * (z - q).square().mean()
-    assert float(loss) == pytest.approx(float(expected), rel=1e-10)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-10)
     assert float(metrics["cosine"]) == pytest.approx(float(cosine.mean()), rel=1e-10)
     assert float(metrics["usage"]) == pytest.approx(len(numbers.unique()) / 32)
     share = torch.bincount(numbers.flatten(), minlength=32) / numbers.numel()
@@ -495,7 +495,7 @@ def test_dvae_schedules_and_loss() -> None:
     q = logits.softmax(-1)
     divergence = (q * (q * 32).log()).sum((1, 2)).mean() / (3 * 32 * 32)
     expected = (rebuilt - pixels).square().mean() + 0.5 * divergence
-    assert float(loss) == pytest.approx(float(expected), rel=1e-10)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-10)
     assert float(metrics["divergence"]) == pytest.approx(float(divergence), rel=1e-10)
 
 

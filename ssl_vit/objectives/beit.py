@@ -69,8 +69,8 @@ class BEiT(Objective):
         super().__init__(encoder)
         if getattr(encoder, "mask_stride", None) != encoder.patch_size:
             raise ValueError(
-                f"encoder.name={encoder.name!r}: BEiT predicts one code for each masked patch, and this encoder's output "
-                "has another grid than its mask; allowed: beit_*, beitv2_*, vit_*"
+                f"encoder.name={encoder.name!r}: BEiT predicts one code for each masked patch, and this "
+                "encoder's output has another grid than its mask; allowed: beit_*, beitv2_*, vit_*"
             )
         if color_jitter < 0 or (color_jitter and encoder.in_chans not in (1, 3)):
             raise ValueError(

@@ -88,8 +88,8 @@ class TokenizerTraining(Objective):
         check_sizes("decoder_", embed_dim=decoder_embed_dim, depth=decoder_depth, num_heads=heads)
         if [side * encoder.patch_size for side in encoder.grid_size] != list(encoder.img_size):
             raise ValueError(
-                f"encoder.img_size={list(encoder.img_size)}: should be multiples of {encoder.patch_size}, the pixels of "
-                f"one code of {encoder.name!r}"
+                f"encoder.img_size={list(encoder.img_size)}: should be multiples of {encoder.patch_size}, the pixels "
+                f"of one code of {encoder.name!r}"
             )
         if not (min(temperature) > 0 and 0 <= anneal <= 1 and kl_weight >= 0):
             raise ValueError(
