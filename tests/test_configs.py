@@ -54,7 +54,9 @@ def given_files(recipe: Recipe) -> None:
     objective, size, patch = recipe.objective, recipe.encoder["img_size"], recipe.encoder["patch_size"]
     if objective["name"] == "beit":
         target = objective["target_size"] or size  # v1: half the size, half the patch
-        objective["tokenizer"] = TokenizerFile(**tokenizer_file(target, patch * target // size))
+        objective["tokenizer"] = TokenizerFile(
+            **tokenizer_file(target, patch * target // size, recipe.encoder["in_chans"])
+        )
     if objective.get("kind") == "vqkd":
         objective["teacher"] = FeatureTeacherSection(weights=teacher_folder(size, patch))
 

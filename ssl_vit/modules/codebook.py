@@ -43,16 +43,16 @@ class Codebook(nn.Module):
         self.register_buffer("codes", F.normalize(torch.randn(size, dim), dim=1))
         self.register_buffer("share", torch.full((size,), 1 / size))
         self.register_buffer("started", torch.zeros(()))
-        self._is_started = False
+        self._may_start = False
         # sums over the micro-batches of a step; not buffers, or DDP would copy those of one process to the others
         self._counts: Tensor | None = None
         self._sums: Tensor | None = None
         self._features: Tensor | None = None
 
     def begin(self, first_step: bool) -> None:
-        """Forget the sums of an earlier step; ``first_step``: look anew whether there are codes to start from."""
+        """Forget the sums of an earlier step; ``first_step``: the run's first, in which codes may start."""
         self._counts = self._sums = self._features = None
-        self._is_started = self._is_started and not first_step
+        self._may_start = first_step
 
     def lookup(self, features: Tensor) -> Tensor:
         """The nearest codes, int64 (...), of unit features (..., d)."""
@@ -69,7 +69,7 @@ class Codebook(nn.Module):
             features minus their codes, and the codes' numbers, int64 (B, N).
         """
         unit = F.normalize(features, dim=-1)
-        if self.training:
+        if self.training and self._may_start:
             self._start(unit.detach().flatten(0, 1))
         numbers = self.lookup(unit.detach())
         nearest = self.codes.to(unit.dtype)[numbers]
@@ -120,22 +120,19 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def _start(self, unit: Tensor) -> None:
         """Codes from the first features: spherical k-means over all processes (released: each process for itself)."""
-        if self._is_started:
+        if bool(self.started):  # waits for the device, in the first step only
             return
-        if not bool(self.started):  # waits for the device, in the first steps only
-            unit = unit.to(self.codes.dtype)
-            means = self._drawn(unit)
-            for _ in range(KMEANS_ROUNDS):
-                numbers = (unit @ means.T).argmax(dim=1)
-                counts = distributed.all_sum(
-                    torch.zeros_like(self.share).index_add(0, numbers, torch.ones_like(unit[:, 0]))
-                )
-                sums = distributed.all_sum(torch.zeros_like(means).index_add(0, numbers, unit))
-                means = torch.where((counts > 0)[:, None], F.normalize(sums, dim=1), means)
-            fine = means.isfinite().all()
-            self.codes.copy_(torch.where(fine, means, self.codes))
-            self.started.copy_(fine.to(self.started.dtype))
-        self._is_started = bool(self.started)
+        unit = unit.to(self.codes.dtype)
+        means = self._drawn(unit)
+        for _ in range(KMEANS_ROUNDS):
+            numbers = (unit @ means.T).argmax(dim=1)
+            ones = torch.ones_like(unit[:, 0])
+            counts = distributed.all_sum(torch.zeros_like(self.share).index_add(0, numbers, ones))
+            sums = distributed.all_sum(torch.zeros_like(means).index_add(0, numbers, unit))
+            means = torch.where((counts > 0)[:, None], F.normalize(sums, dim=1), means)
+        fine = means.isfinite().all()
+        self.codes.copy_(torch.where(fine, means, self.codes))
+        self.started.copy_(fine.to(self.started.dtype))
 
 
 def code_statistics(codes: Tensor, vocab_size: int) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from ssl_vit.data.views import BlockMaskedPair, resize
 from ssl_vit.encoders.base import Encoder
 from ssl_vit.encoders.beit import BEiT as BEiTEncoder
 from ssl_vit.modules.initialisation import initialise_beit, scale_residuals
-from ssl_vit.modules.patches import gather_patches, split_mask
+from ssl_vit.modules.patches import gather_patches
 from ssl_vit.modules.tokenizer import TokenizerFile, load_tokenizer
 from ssl_vit.objectives.base import Objective
 
@@ -121,16 +121,25 @@ class BEiT(Objective):
             batch: ``image`` (B, C, H, W), normalised; ``target_image`` uint8, of the tokenizer's size; ``mask`` bool
                 (B, N), True = masked.
         """
-        codes = self.tokenizer.tokens(batch["target_image"])
-        target = self._masked(codes[..., None], batch["mask"])[:, 0]  # (M,) of all images
+        mask = batch["mask"]
+        if (
+            type(mask) is Tensor
+            and mask.device.type == "cpu"
+            and (count := int(mask.sum(dim=1).max())) > self.num_masked
+        ):
+            raise ValueError(f"mask: {count} patches of a row; allowed: at most num_masked={self.num_masked}")
+        # masked patches first, as many in each row: where fewer are masked the rest counts nothing, and nobody waits
+        places = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, : self.num_masked]  # (B, M)
+        counted = mask.gather(1, places).flatten()
+        target = self.tokenizer.tokens(batch["target_image"]).gather(1, places).flatten()
         loss, metrics = torch.zeros((), device=target.device), {}
         for name, hidden in self._paths(batch).items():
-            logits = self.head(self._masked(hidden, batch["mask"]))  # (M, K)
+            logits = self.head(gather_patches(hidden, places)).flatten(0, 1)  # (B M, K)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            loss = loss + F.cross_entropy(logits, target)
-            metrics[f"{name}accuracy"] = (logits.argmax(dim=1) == target).float().mean()
-        counts = torch.zeros(self.tokenizer.vocab_size, device=target.device)
-        counts = counts.index_add(0, target, torch.ones_like(target, dtype=counts.dtype))
+            each = F.cross_entropy(logits, target, reduction="none")
+            loss = loss + (each * counted).sum() / counted.sum()
+            metrics[f"{name}accuracy"] = ((logits.argmax(dim=1) == target) & counted).sum() / counted.sum()
+        counts = torch.zeros(self.tokenizer.vocab_size, device=target.device).index_add(0, target, counted.float())
         metrics["commonest"] = counts.max() / counts.sum()
         return loss, metrics
 
@@ -165,10 +174,3 @@ class BEiT(Objective):
             image, mask, self.mask_token, self.early_layer, self.cls_blocks
         )
         return {"": tokens.patches, "cls_": second.patches}
-
-    def _masked(self, values: Tensor, mask: Tensor) -> Tensor:
-        """(M, D) of (B, N, D), image by image; only a varying count makes the device wait."""
-        if self.varying_count:
-            return values[mask]
-        _, masked = split_mask(mask, mask.shape[1] - self.num_masked)
-        return gather_patches(values, masked).flatten(0, 1)
