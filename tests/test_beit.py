@@ -32,7 +32,7 @@ from ssl_vit.data.views import BlockMaskedPair, resize, seed_generators
 from ssl_vit.encoders.base import create_encoder
 from ssl_vit.encoders.beit import BEiT as BEiTEncoder
 from ssl_vit.encoders.relative_positions import resized_table
-from ssl_vit.encoders.weights import fill_encoder
+from ssl_vit.encoders.weights import encoder_config, fill_encoder
 from ssl_vit.export.timm_folder import export_timm
 from ssl_vit.modules.tokenizer import TokenizerFile
 from ssl_vit.objectives.beit import BEiT
@@ -225,6 +225,27 @@ def test_shared_positions_are_copied_for_each_block_and_resized(tmp_path: Path) 
     export_timm(apart, tmp_path / "apart", **facts, metadata={})
     with pytest.raises(InputError, match=r"missing in the file: rel_pos_bias\.relative_position_bias_table"):
         fill_encoder(create_encoder(**TINY_BEIT_ENCODER), tmp_path / "apart")
+
+
+def test_a_timm_folder_of_others_is_built_and_filled(tmp_path: Path) -> None:
+    """Published BEiT folders: a table for each block, the norm after pooling."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+    for number, positions in enumerate(({}, {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True})):
+        model = timm.create_model("beit_base_patch16_224", **sizes, **positions, num_classes=5).eval()
+        stir(model)
+        folder = tmp_path / str(number)
+        timm.models.save_for_hf(model, str(folder), model_args={**sizes, **positions}, safe_serialization=True)
+        stated = encoder_config(folder)
+        assert stated["rel_pos"] == ("shared" if positions else "layer")
+        encoder = create_encoder(**stated)
+        fill_encoder(encoder, folder)
+        image = torch.randn(2, 3, 32, 32)
+        x = torch.cat([model.cls_token.expand(2, -1, -1), model.patch_embed(image)], dim=1)
+        bias = model.rel_pos_bias() if positions else None
+        for block in model.blocks:
+            x = block(x, shared_rel_pos_bias=bias)
+        torch.testing.assert_close(torch.cat(list(encoder(image)), dim=1), model.fc_norm(x))
 
 
 # ----------------------------------------------------------------------------------------------- masks and views
