@@ -443,7 +443,7 @@ def test_vqkd_loss_is_the_papers() -> None:
     cosine = (rebuilt / rebuilt.norm(dim=-1, keepdim=True) * target / target.norm(dim=-1, keepdim=True)).sum(-1)
     expected = (1 - cosine).mean() + 0.7 * (z - q).square().mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-10)
-    assert float(metrics["cosine"]) == pytest.approx(float(cosine.mean()), rel=1e-10)
+    assert metrics["cosine"].item() == pytest.approx(cosine.mean().item(), rel=1e-10)
     assert float(metrics["usage"]) == pytest.approx(len(numbers.unique()) / 32)
     share = torch.bincount(numbers.flatten(), minlength=32) / numbers.numel()
     assert float(metrics["perplexity"]) == pytest.approx(math.exp(-sum(p * math.log(p) for p in share.tolist() if p)))
