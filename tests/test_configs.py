@@ -51,7 +51,7 @@ ENCODER_MILLIONS = {
 
 def given_files(recipe: Recipe) -> None:
     """What a recipe leaves to its user: a tokenizer, a teacher."""
-    objective, size, patch = recipe.objective, recipe.encoder["img_size"], recipe.encoder["patch_size"]
+    objective, size, patch = recipe.objective, recipe.encoder["img_size"], recipe.encoder.get("patch_size")
     if objective["name"] == "beit":
         target = objective["target_size"] or size  # v1: half the size, half the patch
         objective["tokenizer"] = TokenizerFile(
