@@ -26,12 +26,14 @@ def finish(
         objective.encoder, folder.path / "encoder", mean=pixels.mean, std=pixels.std, crop_pct=pixels.crop_pct,
         interpolation=pixels.interpolation, metadata={"objective": recipe.objective["name"], "step": plan.total_steps},
     )  # fmt: skip
+    handed_over = objective.hand_over(folder.path)
     lines = [line for line in read_metrics(folder.path / "metrics.jsonl") if "loss" not in line]
     initial = {k: v for line in lines if line["step"] == 0 for k, v in line.items()}
     final = {k: v for line in lines if line["step"] == plan.total_steps for k, v in line.items()}
     result = {
         "objective": recipe.objective["name"], "steps": plan.total_steps, "probe": rule, "bad_samples": bad,
         "evaluations": {"initial": initial, "final": final}, "export_difference": difference,
+        **handed_over,
     }  # fmt: skip
     folder.write_json("result.json", result)
     write_card(folder.path, card_facts(recipe, folder, plan, result, pixels))
@@ -70,6 +72,9 @@ def report(folder: RunFolder) -> None:
             logger.info("%-20s %s%.4f%s", name, before, value, f"  (standard error {error:.4f})" if error else "")
     if (folder.path / "pictures").is_dir():
         logger.info("pictures: %s", folder.path / "pictures")
+    if "tokenizer" in result:
+        path, digest = (folder.path / "tokenizer").resolve(), result["tokenizer"]["sha256"]
+        logger.info("tokenizer: objective.tokenizer.path=%s objective.tokenizer.sha256=%s", path, digest)
     if (folder.path / "encoder").is_dir():
         encoder, difference = (folder.path / "encoder").resolve(), result["export_difference"]
         logger.info("encoder: %s  (reloaded in timm, features differ by at most %.1e)", encoder, difference)

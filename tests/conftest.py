@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +29,55 @@ TINY_SWIN: dict[str, Any] = {
     "name": "swin_tiny_patch4_window7_224", "img_size": 32, "first_patch_size": 2, "window_size": 4, "embed_dim": 24,
     "depths": [2, 2], "num_heads": [2, 4],
 }  # fmt: skip
+TINY_BEIT_ENCODER = {**TINY_ENCODER, "name": "beit_base_patch16_224"}
 TINY_DECODER = {"decoder_embed_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2}
+
+
+TINY_TOKENIZER = {"kind": "dvae", "codebook_size": 32, "code_dim": 8, "decoder_embed_dim": 16, "decoder_depth": 1}
+TINY_VQKD = {
+    **TINY_TOKENIZER, "kind": "vqkd", "decoder_embed_dim": 24, "decoder_num_heads": 2, "dead_below": 0.5,
+}  # fmt: skip
+TINY_BEIT = {"num_masked": 6, "min_block": 2}
+
+
+@functools.cache
+def _shared_folder() -> Path:
+    """A folder for files that tests of several modules read; gone with the process."""
+    folder = Path(tempfile.mkdtemp(prefix="ssl_vit_tests_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@functools.cache
+def tokenizer_file(img_size: int = 32, patch_size: int = 8, in_chans: int = 3) -> dict[str, str]:
+    """``objective.tokenizer`` of a small untrained tokenizer: a dVAE's, 32 codes."""
+    from ssl_vit.encoders.base import create_encoder
+    from ssl_vit.modules.dvae import DVAEQuantiser
+    from ssl_vit.modules.tokenizer import EncoderTokenizer, save_tokenizer
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        sizes = {"img_size": img_size, "patch_size": patch_size, "in_chans": in_chans}
+        encoder = create_encoder(**{**TINY_ENCODER, **sizes})
+        half = (0.5,) * in_chans
+        tokenizer = EncoderTokenizer(encoder, DVAEQuantiser(encoder.token_dim, 32, 8), half, half)
+        folder = _shared_folder() / f"tokenizer_{img_size}_{patch_size}_{in_chans}"
+        return {"path": str(folder), "sha256": save_tokenizer(tokenizer, folder)["sha256"]}
+
+
+@functools.cache
+def teacher_folder(img_size: int = 32, patch_size: int = 8) -> str:
+    """An export of ours with untrained weights and a normalisation of its own, to be a teacher."""
+    from ssl_vit.encoders.base import create_encoder
+    from ssl_vit.export.timm_folder import export_timm
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(6)
+        encoder = create_encoder(**{**TINY_ENCODER, "img_size": img_size, "patch_size": patch_size, "embed_dim": 36})
+        facts: dict[str, Any] = {"crop_pct": 1.0, "interpolation": "bicubic", "metadata": {}}
+        folder = _shared_folder() / f"teacher_{img_size}_{patch_size}"
+        export_timm(encoder, folder, mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.4], **facts)
+        return str(folder)
 
 
 @pytest.fixture(autouse=True)

@@ -8,10 +8,23 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, TINY_DECODER, TINY_SWIN, tiny_recipe, tiny_teacher
+from conftest import (
+    ROOT,
+    TINY_BEIT,
+    TINY_DECODER,
+    TINY_SWIN,
+    TINY_TOKENIZER,
+    TINY_VQKD,
+    teacher_folder,
+    tiny_recipe,
+    tiny_teacher,
+    tokenizer_file,
+)
 
 from ssl_vit.build import build_encoder, build_evaluations, build_objective
 from ssl_vit.config import check, load, plain, to_yaml
+from ssl_vit.modules.feature_teacher import FeatureTeacherSection
+from ssl_vit.modules.tokenizer import TokenizerFile
 from ssl_vit.recipe import EvaluationRecipe, Recipe, check_recipe, objective_class
 from ssl_vit.run import run
 from ssl_vit.training.optim import absolute_lr
@@ -29,7 +42,37 @@ ENCODER_MILLIONS = {
     "classification_vit_huge_patch14_in1k": 630.8,
     "deit_vit_base_patch16_in1k": 85.8,
     "deit_vit_small_patch16_in1k": 21.7,
+    "beit_vit_base_patch16_in1k": 85.7,
+    "beit_vit_large_patch16_in1k": 303.1,
+    "beitv2_vit_base_patch16_in1k": 85.7,
+    "beitv2_vit_large_patch16_in1k": 303.1,
 }
+
+
+def given_files(recipe: Recipe) -> None:
+    """What a recipe leaves to its user: a tokenizer, a teacher."""
+    objective, size, patch = recipe.objective, recipe.encoder["img_size"], recipe.encoder.get("patch_size")
+    if objective["name"] == "beit":
+        target = objective["target_size"] or size  # v1: half the size, half the patch
+        objective["tokenizer"] = TokenizerFile(
+            **tokenizer_file(target, patch * target // size, recipe.encoder["in_chans"])
+        )
+    if objective.get("kind") == "vqkd":
+        objective["teacher"] = FeatureTeacherSection(weights=teacher_folder(size, patch))
+
+
+def tiny_objective(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Arguments that make a recipe's objective tiny, its files included."""
+    if values["name"] == "beit":
+        early = 1 if values["early_layer"] else None
+        return {**TINY_BEIT, "tokenizer": tokenizer_file(), "target_size": None, "early_layer": early}
+    if values["name"] == "tokenizer_training":
+        return {**TINY_VQKD, "teacher": {"weights": teacher_folder()}} if values["kind"] == "vqkd" else TINY_TOKENIZER
+    if values["name"] == "simmim":
+        return {"mask_unit": 8}
+    if "teacher" in values:
+        return {"teacher": tiny_teacher(folder)}
+    return TINY_DECODER if values["name"] == "mae" else {}
 
 
 def checked(file: Path, **data: Any) -> Recipe:
@@ -51,12 +94,13 @@ def test_loads_and_round_trips(file: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("file", PRETRAIN, ids=lambda f: f.stem)
 def test_builds_on_the_meta_device(file: Path, tmp_path: Path) -> None:
     recipe = checked(file)
+    given_files(recipe)
     with torch.device("meta"):
         encoder = build_encoder(recipe.encoder)
         arguments = {k: v for k, v in recipe.objective.items() if k not in ("name", "init")}
         if "num_classes" in arguments:
             arguments["num_classes"] = 1000
-        if "teacher" in arguments:
+        if "teacher" in arguments and recipe.objective["name"] == "deit":
             arguments["teacher"] = check(
                 type(arguments["teacher"]), tiny_teacher(tmp_path, 1000, recipe.encoder["in_chans"])
             )
@@ -77,9 +121,7 @@ def test_takes_one_step_at_tiny_size(file: Path, images: Path, tmp_path: Path) -
         values["encoder"] |= {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
     if "first_patch_size" in values["encoder"]:
         values["encoder"] |= TINY_SWIN
-    values["objective"] |= TINY_DECODER if values["objective"]["name"] == "mae" else {}
-    values["objective"] |= {"mask_unit": 8} if values["objective"]["name"] == "simmim" else {}
-    values["objective"] |= {"teacher": tiny_teacher(tmp_path)} if "teacher" in values["objective"] else {}
+    values["objective"] |= tiny_objective(values["objective"], tmp_path)
     values["data"] |= {"train": tiny["data"]["train"], "val": tiny["data"]["val"], "mean": [0.5] * 3, "std": [0.5] * 3}
     values["optim"] |= {"batch_size": 8, "epochs": "1 steps", "warmup_epochs": 0}
     values["run"], values["evals"] = tiny["run"], {"knn": {}}
@@ -144,6 +186,43 @@ def test_published_settings_of_augreg() -> None:
     assert (str(optim.epochs), str(optim.warmup_epochs)) == ("300", "10000 steps")
     assert (objective["loss"], objective["head_bias"], objective["representation"]) == ("sigmoid", -6.9, True)
     assert (objective["mix"]["mixup"], objective["augment"]["auto_augment"]) == (0.5, "rand-m15-mmax15-n2")
+
+
+def test_published_settings_of_beit() -> None:
+    """RECIPES 2.1: AdamW 1.5e-3 absolute at 2048, wd .05, clip 3, 75 of 196 in blocks of 16 and more, two crops."""
+    names = {
+        "beit_vit_base_patch16_in1k": (800, 0.999, 0.1, 0.1, None, 0.08, 112, "lanczos", True),
+        "beit_vit_large_patch16_in1k": (800, 0.999, 1e-5, 0.1, None, 0.08, 112, "lanczos", True),
+        "beitv2_vit_base_patch16_in1k": (1600, 0.999, 0.1, 0.1, 9, 0.2, None, "bicubic", False),
+        "beitv2_vit_base_patch16_in1k_300ep": (300, 0.98, 0.1, 0.0, 9, 0.2, None, "bicubic", False),
+        "beitv2_vit_large_patch16_in1k": (1600, 0.999, 1e-5, 0.1, 21, 0.2, None, "bicubic", False),
+    }
+    for name, (epochs, beta2, scale, drop_path, early, crop, size, interpolation, varying) in names.items():
+        recipe = checked(ROOT / "configs" / "pretrain" / f"{name}.yaml")
+        optim, objective, encoder = recipe.optim, recipe.objective, recipe.encoder
+        assert (optim.batch_size, optim.base_lr, optim.lr_divisor, optim.min_lr) == (2048, 1.5e-3, None, 1e-5), name
+        assert (optim.betas, optim.weight_decay, optim.clip_grad) == ((0.9, beta2), 0.05, 3.0), name
+        assert (str(optim.epochs), str(optim.warmup_epochs)) == (str(epochs), "10"), name
+        assert (encoder["layer_scale"], encoder["drop_path_rate"]) == (scale, drop_path), name
+        assert (encoder["rel_pos"], encoder["abs_pos"]) == ("shared", False), name
+        found = {key: objective[key] for key in ("early_layer", "target_size", "target_interpolation", "varying_count")}
+        assert list(found.values()) == [early, size, interpolation, varying], name
+        assert (objective["num_masked"], objective["min_block"], objective["crop_scale"]) == (75, 16, (crop, 1.0)), name
+        assert recipe.data.mean == ([0.5] * 3 if name.startswith("beit_") else [0.485, 0.456, 0.406]), name
+
+
+def test_published_settings_of_vqkd() -> None:
+    recipe = checked(ROOT / "configs" / "pretrain" / "tokenizer_vqkd_vit_base_patch16_in1k.yaml")
+    optim, objective = recipe.optim, recipe.objective
+    assert optim.base_lr * optim.batch_size / (optim.lr_divisor or 1) == pytest.approx(2e-4)
+    assert (optim.betas, optim.weight_decay, str(optim.epochs), str(optim.warmup_epochs)) == (
+        (0.9, 0.99),
+        1e-4,
+        "100",
+        "10",
+    )
+    assert [objective[key] for key in ("codebook_size", "code_dim", "decay", "commitment")] == [8192, 32, 0.99, 1.0]
+    assert (objective["decoder_depth"], objective["crop_scale"]) == (3, (0.08, 1.0))
 
 
 def test_objectives_are_built_from_the_seed() -> None:

@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY_DECODER, TINY_ENCODER, tiny_recipe, tiny_teacher
+from conftest import (
+    TINY_BEIT,
+    TINY_DECODER,
+    TINY_ENCODER,
+    TINY_TOKENIZER,
+    tiny_recipe,
+    tiny_teacher,
+    tokenizer_file,
+)
 
 from ssl_vit.build import build_objective, open_sets
 from ssl_vit.config import check, part_names
@@ -23,6 +31,8 @@ TINY: dict[str, dict[str, Any]] = {
     "ibot": {"out_dim": 32, "hidden_dim": 24, "bottleneck_dim": 8, "local_crops": 2, "local_size": 16},
     "classification": {"num_classes": 3},
     "deit": {"num_classes": 3, "teacher": tiny_teacher},
+    "beit": {**TINY_BEIT, "tokenizer": tokenizer_file()},
+    "tokenizer_training": TINY_TOKENIZER,
 }
 """Constructor arguments that make an objective tiny, or functions of a folder that make them; one without an entry is
 built with its defaults."""

@@ -111,3 +111,53 @@ def blockwise_mask(grid_size: tuple[int, int], ratio: float, aspect: tuple[float
             block.fill_(True)
             count, tries = count + new, 10
     return mask.flatten()
+
+
+def block_mask(
+    grid_size: tuple[int, int],
+    num_masked: int,
+    min_block: int,
+    max_block: int | None = None,
+    aspect: tuple[float, float] = (0.3, 1 / 0.3),
+    exact: bool = True,
+) -> Tensor:
+    """Rectangles of patches until ``num_masked`` are masked (BEiT, arXiv 2106.08254, algorithm 1, as released).
+
+    The area of a block is uniform between ``min_block`` and what is left to mask (which may be less than
+    ``min_block``), the logarithm of its aspect ratio uniform; it is smaller than the grid in both directions, takes at
+    least one new patch and never more than are left. After ten tries that do not fit, BEiT stops short; BEiT v2 fills
+    up with single patches. Draws from ``random``, which the loader seeds for each view.
+
+    Args:
+        grid_size: (h, w) of the patch grid.
+        num_masked: patches to mask.
+        min_block: smallest area of a block.
+        max_block: largest area of a block; None: what is left.
+        aspect: smallest and largest height over width of a block.
+        exact: fill up with single patches to exactly ``num_masked`` (BEiT v2).
+
+    Returns:
+        bool (N,), with ``num_masked`` True entries, or at most so many without ``exact``.
+    """
+    rows, columns = grid_size
+    mask = torch.zeros(rows, columns, dtype=torch.bool)
+    left, tries = num_masked, 10
+    low, high = math.log(aspect[0]), math.log(aspect[1])
+    while left > 0 and tries > 0:
+        tries -= 1
+        largest = left if max_block is None else min(left, max_block)
+        area, shape = random.uniform(min_block, largest), math.exp(random.uniform(low, high))
+        height, width = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
+        if height >= rows or width >= columns:
+            continue
+        top, start = random.randint(0, rows - height), random.randint(0, columns - width)
+        block = mask[top : top + height, start : start + width]
+        new = height * width - int(block.sum())
+        if 0 < new <= largest:
+            block.fill_(True)
+            left, tries = left - new, 10
+    mask = mask.flatten()
+    if exact and left > 0:
+        free = (~mask).nonzero().flatten().tolist()
+        mask[random.sample(free, left)] = True
+    return mask

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssl_vit.data.masking import random_mask, unit_mask
+from ssl_vit.data.masking import block_mask, random_mask, unit_mask
 
 
 def seed_generators(seed: int) -> None:
@@ -30,9 +30,14 @@ def seed_generators(seed: int) -> None:
 
 
 def resize(image: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
-    """Antialiased resize of a uint8 (C, H, W) image to (C, *size)."""
+    """Antialiased resize of a uint8 (C, H, W) image to (C, *size), bilinear, bicubic or lanczos."""
     if tuple(image.shape[-2:]) == size:
         return image
+    if interpolation == "lanczos":  # Pillow has the filter that BEiT was made with
+        planes = [
+            Image.fromarray(plane).resize((size[1], size[0]), Image.Resampling.LANCZOS) for plane in image.numpy()
+        ]
+        return torch.from_numpy(np.stack([np.asarray(plane) for plane in planes]))
     return F.interpolate(image[None], size, mode=interpolation, antialias=True, align_corners=False)[0]
 
 
@@ -77,11 +82,21 @@ class CropView:
 
     def crop(self, image: Tensor) -> Tensor:
         """uint8 (C, H, W) to uint8 (C, *img_size)."""
+        return self.fit(*self.region(image), self.img_size, self.interpolation)
+
+    def region(self, image: Tensor) -> tuple[Tensor, bool]:
+        """The part of an image that this view shows, in its own resolution, and whether it is to be flipped."""
         from torchvision.transforms import RandomResizedCrop
 
         top, left, height, width = RandomResizedCrop.get_params(image, list(self.crop_scale), list(self.crop_ratio))
-        view = resize(image[:, top : top + height, left : left + width], self.img_size, self.interpolation)
-        return view.flip(-1) if self.flip and torch.rand(()) < self.flip else view
+        flipped = bool(self.flip) and bool(torch.rand(()) < self.flip)
+        return image[:, top : top + height, left : left + width], flipped
+
+    @staticmethod
+    def fit(region: Tensor, flipped: bool, size: tuple[int, int], interpolation: str) -> Tensor:
+        """The picture of a region, uint8 (C, *size)."""
+        view = resize(region, size, interpolation)
+        return view.flip(-1) if flipped else view
 
     def __call__(self, sample: dict[str, Any]) -> dict[str, Tensor]:
         """One augmented image and its label (-1 if it has none)."""
@@ -123,6 +138,69 @@ class UnitMaskedView(CropView):
         """``image`` uint8 (C, H, W) and ``mask`` bool (M,)."""
         mask = unit_mask(self.img_size, self.unit, self.stride, self.mask_ratio)
         return {"image": self.crop(sample["image"]), "mask": mask}
+
+
+@dataclass(frozen=True)
+class BlockMaskedPair(CropView):
+    """One crop for the encoder and the tokenizer, and a block-wise mask (BEiT, arXiv 2106.08254, section 2.1).
+
+    Both pictures have the same colours, crop and flip; only size and filter differ.
+
+    Args:
+        target_size: (H, W) of the tokenizer's picture.
+        target_interpolation: filter of the tokenizer's picture.
+        color_jitter: strength of brightness, contrast and saturation jitter before the crop; 0: none.
+        grid_size: (h, w) of the patch grid.
+        num_masked: patches to mask.
+        min_block: smallest area of a block.
+        max_block: largest area of a block; None: what is left to mask.
+        exact: always mask exactly ``num_masked`` (BEiT v2).
+    """
+
+    target_size: tuple[int, int]
+    target_interpolation: str
+    color_jitter: float
+    grid_size: tuple[int, int]
+    num_masked: int
+    min_block: int
+    max_block: int | None
+    exact: bool
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        total = self.grid_size[0] * self.grid_size[1]
+        if not 1 <= self.num_masked < total:
+            raise ValueError(
+                f"num_masked={self.num_masked}: allowed: 1 to {total - 1} of {total} patches, e.g. {total * 3 // 8}"
+            )
+        if not 1 <= self.min_block <= self.num_masked:
+            raise ValueError(f"min_block={self.min_block}: allowed: 1 to num_masked={self.num_masked}")
+        if self.max_block is not None and not self.min_block <= self.max_block <= total:
+            raise ValueError(f"max_block={self.max_block}: allowed: null, or min_block={self.min_block} to {total}")
+
+    def __call__(self, sample: dict[str, Any]) -> dict[str, Tensor]:
+        """``image`` and ``target_image`` uint8 (C, H, W), and ``mask`` bool (N,)."""
+        image = sample["image"]
+        if self.color_jitter:
+            from torchvision.transforms import ColorJitter
+
+            image = ColorJitter(self.color_jitter, self.color_jitter, self.color_jitter)(image)
+        region, flipped = self.region(image)
+        return {
+            "image": self.fit(region, flipped, self.img_size, self.interpolation),
+            "target_image": self.fit(region, flipped, self.target_size, self.target_interpolation),
+            "mask": block_mask(self.grid_size, self.num_masked, self.min_block, self.max_block, exact=self.exact),
+        }
+
+
+@dataclass(frozen=True)
+class TargetView(CropView):
+    """A crop twice: normalised for the encoder's evaluation, and as it is for a tokenizer that maps pixels itself."""
+
+    def __call__(self, sample: dict[str, Any]) -> dict[str, Tensor]:
+        """``image`` and ``target_image``, both uint8 (C, H, W), the same picture."""
+        view = self.crop(sample["image"])
+        return {"image": view, "target_image": view}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ FAMILIES = {
     "deit_": "ssl_vit.encoders.vit:ViT",
     "swin_": "ssl_vit.encoders.swin:Swin",
     "resnet": "ssl_vit.encoders.cnn:CNN",
+    "beit_": "ssl_vit.encoders.beit:BEiT",
+    "beitv2_": "ssl_vit.encoders.beit:BEiT",
 }
 """First letters of the timm names and the class that builds them."""
 
@@ -112,6 +114,21 @@ class Encoder(nn.Module):
                 f"image of shape {tuple(image.shape)}: this encoder takes (B, {self.in_chans}, {self.img_size[0]}, "
                 f"{self.img_size[1]}); build it with in_chans and img_size of the images, or crop them to it"
             )
+
+    def fitted(
+        self, state: dict[str, Tensor], grid: tuple[int, int] | None, where: str
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        """A file's tensors as this encoder has them, and what was done: for positions of another kind or grid.
+
+        Args:
+            state: tensors under timm's names.
+            grid: patch grid stated beside the file.
+            where: what messages begin with.
+
+        Raises:
+            InputError: they cannot be made to fit.
+        """
+        return state, []
 
     def config(self) -> dict[str, Any]:
         """Constructor arguments that build this encoder again; plain types."""

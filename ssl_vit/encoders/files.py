@@ -25,7 +25,10 @@ TIMM_ARGUMENTS = (
     "img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio", "class_token",
     "channels", "layers",
 )  # fmt: skip
-OTHER_TIMM_ARGUMENTS = ("global_pool", "fc_norm", "num_classes", "drop_rate", "drop_path_rate")
+OTHER_TIMM_ARGUMENTS = (
+    "global_pool", "fc_norm", "num_classes", "drop_rate", "drop_path_rate",
+    "use_abs_pos_emb", "use_rel_pos_bias", "use_shared_rel_pos_bias",
+)  # fmt: skip
 
 
 def find_weights(path: str | Path, whole: bool = False) -> Path:
@@ -191,6 +194,15 @@ def _timm_facts(name: str, arguments: dict[str, Any], stated: Mapping[str, Any])
     }
     if not hasattr(model, "patch_embed"):
         return facts
+    if hasattr(model, "rel_pos_bias"):  # BEiT
+        own = model.blocks[0].attn.relative_position_bias_table is not None
+        return {
+            **facts,
+            "patch_size": model.patch_embed.patch_size[0],
+            "global_pool": model.global_pool,
+            "rel_pos": "shared" if model.rel_pos_bias is not None else "layer" if own else "none",
+            "abs_pos": model.pos_embed is not None,
+        }
     return {
         **facts,
         "patch_size": model.patch_embed.patch_size[0],

@@ -19,7 +19,7 @@ __all__ = ["LoadReport", "encoder_config", "fill_encoder", "fill_objective", "fi
 
 OWN_PREFIX = "encoder.model."
 PREFIXES = ("", OWN_PREFIX, "encoder.", "backbone.", "model.")
-NOT_ENCODER = ("decoder", "mask_token", "head", "fc.")
+NOT_ENCODER = ("decoder", "mask_token", "head", "fc.", "lm_head", "cls_pt_")
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def fill_encoder(encoder: Encoder, path: str | Path) -> LoadReport:
     """
     where = f"encoder.init={path}"
     state, ignored = _encoder_part(load_state(path), encoder.anchor, where)
-    notes = []
+    state, notes = encoder.fitted(state, _stored_grid(path), where)
     own = encoder.model.state_dict()
     if "norm.weight" in own and "norm.weight" not in state and "fc_norm.weight" in state:
         state = {name.replace("fc_norm.", "norm."): tensor for name, tensor in state.items()}

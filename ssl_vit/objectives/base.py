@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -47,6 +48,7 @@ class Objective(nn.Module):
         before_step(progress)   trainer    sets all that is scheduled
         after_step(applied)     trainer    EMA, centres
         encoder_filled()        build      encoder.init has filled the encoder; copies of it follow
+        hand_over(folder)       report     writes what a finished run leaves beside its encoder; facts for result.json
         no_weight_decay()       optimizer  parameter names exempt beside biases and 1-D parameters
 
     Args:
@@ -100,6 +102,17 @@ class Objective(nn.Module):
 
     def encoder_filled(self) -> None:
         """Called once after ``encoder.init`` has filled the encoder: whatever starts as its copy is copied again."""
+
+    def hand_over(self, folder: Path) -> dict[str, Any]:
+        """Write what a finished run leaves in its folder beside the encoder.
+
+        Args:
+            folder: of the run.
+
+        Returns:
+            Plain values by name, which go into result.json.
+        """
+        return {}
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are not decayed, beside biases and 1-D parameters."""

@@ -120,7 +120,8 @@ def step_counter(recipe: Recipe, mode: Any = None) -> tuple[Any, Callable[[int],
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=recipe.mixed_precision == "bf16")
         counter = FlopCounterMode(display=False, custom_mapping=_attention_flops())
         with mode or nullcontext(), counter:
-            objective.before_step(Progress(0, 100, 0.0, 1.0, 0.0))
+            # not the first step, in which a codebook looks at values
+            objective.before_step(Progress(1, 100, 0.01, 1.0, 0.01))
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
                 loss, _ = objective(batch, call="loss")
             loss.backward()
