@@ -29,6 +29,10 @@ TINY_SWIN: dict[str, Any] = {
     "name": "swin_tiny_patch4_window7_224", "img_size": 32, "first_patch_size": 2, "window_size": 4, "embed_dim": 24,
     "depths": [2, 2], "num_heads": [2, 4],
 }  # fmt: skip
+TINY_HYBRID: dict[str, Any] = {
+    "name": "vit_tiny_r_s16_p8_224", "img_size": 32, "feature_patch_size": 2, "embed_dim": 48, "depth": 2,
+    "num_heads": 3,
+}  # fmt: skip
 TINY_BEIT_ENCODER = {**TINY_ENCODER, "name": "beit_base_patch16_224"}
 TINY_DECODER = {"decoder_embed_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2}
 

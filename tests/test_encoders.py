@@ -8,17 +8,19 @@ import sys
 from typing import Any
 
 import pytest
+import timm
 import torch
 
 from ssl_vit.encoders.base import Encoder, create_encoder
 from ssl_vit.encoders.positions import sincos2d_table
 
 TINY: dict[str, Any] = {"name": "vit_tiny_patch16", "img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2}
+HYBRID: dict[str, Any] = {"name": "vit_tiny_r_s16_p8", "patch_size": None, "feature_patch_size": 2}
 
 
 def tiny(**changes: Any) -> Encoder:
     torch.manual_seed(0)
-    return create_encoder(**{**TINY, **changes})
+    return create_encoder(**{key: value for key, value in {**TINY, **changes}.items() if value is not None})
 
 
 VARIANTS: list[dict[str, Any]] = [
@@ -32,6 +34,8 @@ VARIANTS: list[dict[str, Any]] = [
     {"pos_embed": "none"},
     {"name": "deit_tiny_distilled_patch16_224", "pos_embed": "learned"},
     {"name": "deit_small_distilled_patch16"},
+    HYBRID,
+    {**HYBRID, "img_size": (16, 40), "in_chans": 1, "pos_embed": "sincos2d", "global_pool": "avg"},
 ]
 
 
@@ -51,8 +55,9 @@ def test_shapes_and_equal_paths(changes: dict[str, Any]) -> None:
         torch.testing.assert_close(torch.cat(list(tokens), dim=1), timm_tokens, rtol=1e-10, atol=1e-10)
 
 
-def test_forward_visible_ignores_what_is_dropped_and_follows_the_order() -> None:
-    encoder = tiny().double()
+@pytest.mark.parametrize("changes", [{}, HYBRID], ids=["plain", "hybrid"])
+def test_forward_visible_ignores_what_is_dropped_and_follows_the_order(changes: dict[str, Any]) -> None:
+    encoder = tiny(**changes).double()
     image = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     keep = torch.tensor([[3, 0, 9], [15, 7, 2]])
     tokens = encoder.forward_visible(image, keep)
@@ -66,8 +71,9 @@ def test_forward_visible_ignores_what_is_dropped_and_follows_the_order() -> None
     torch.testing.assert_close(flipped.patches.flip(1), tokens.patches, rtol=1e-10, atol=1e-10)
 
 
-def test_masked_patches_do_not_matter_but_the_mask_token_does() -> None:
-    encoder = tiny()
+@pytest.mark.parametrize("changes", [{}, HYBRID], ids=["plain", "hybrid"])
+def test_masked_patches_do_not_matter_but_the_mask_token_does(changes: dict[str, Any]) -> None:
+    encoder = tiny(**changes)
     image, mask = torch.randn(2, 3, 32, 32), torch.zeros(2, 16, dtype=torch.bool)
     mask[:, 0] = True
     token = torch.randn(1, 1, 64, requires_grad=True)
@@ -94,6 +100,28 @@ def test_names_and_heads() -> None:
     with torch.device("meta"):
         huge = create_encoder(name="vit_huge_patch14").config()
     assert (huge["patch_size"], huge["embed_dim"], huge["depth"], huge["num_heads"]) == (14, 1280, 32, 16)
+
+
+def test_published_hybrids() -> None:
+    """Parameters without a classifier, in millions."""
+    expected = {
+        "vit_tiny_r_s16_p8": 6.1,
+        "vit_small_r26_s32": 36.0,
+        "vit_base_r50_s16": 97.9,
+        "vit_large_r50_s32": 328.0,
+    }
+    for name, millions in expected.items():
+        with torch.device("meta"):
+            encoder = create_encoder(name=name)
+            whole = timm.create_model(f"{name}_224", num_classes=0)
+        count = sum(p.numel() for p in encoder.parameters())
+        assert count == sum(p.numel() for p in whole.parameters())
+        assert count / 1e6 == pytest.approx(millions, rel=0.02), name
+        assert encoder.patch_size == 16 if "s16_224" in name else 32
+    with pytest.raises(ValueError, match=r"img_size=100: its height 100 should be a multiple of 32.*nearest: 96"):
+        create_encoder(name="vit_small_r26_s32", img_size=100)
+    with pytest.raises(ValueError, match=r"allowed: .*vit_base_r50_s16_224"):
+        create_encoder(name="vit_base_r50_s17")
 
 
 def test_fixed_table_is_not_trained_and_learned_is() -> None:

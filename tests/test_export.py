@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from conftest import TINY_BEIT_ENCODER, TINY_HYBRID, TINY_SWIN
 from timm.data.config import resolve_model_data_config
 
 from ssl_vit.encoders.base import Encoder, create_encoder
@@ -22,7 +23,7 @@ from ssl_vit.export.timm_folder import export_timm
 def make_encoder(**changes: Any) -> Encoder:
     torch.manual_seed(0)
     arguments = {"name": "vit_tiny_patch16", "img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2}
-    encoder = create_encoder(**{**arguments, **changes})
+    encoder = create_encoder(**(changes if "name" in changes else {**arguments, **changes}))
     with torch.no_grad():
         for parameter in encoder.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter) if parameter.requires_grad else 0)
@@ -39,6 +40,10 @@ VARIANTS: list[dict[str, Any]] = [
     {"drop_path_rate": 0.2},
     {"img_size": (16, 40), "in_chans": 1, "global_pool": "avg", "mlp_ratio": 2.0},
     {"in_chans": 4, "class_token": False, "global_pool": "avg", "pos_embed": "learned"},
+    TINY_HYBRID,
+    {**TINY_HYBRID, "img_size": (16, 40), "in_chans": 1, "global_pool": "avg"},
+    TINY_SWIN,
+    TINY_BEIT_ENCODER,
 ]
 
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-from conftest import TINY_ENCODER, TINY_SWIN, tiny_recipe
-from test_trainer import losses, train
+from conftest import TINY_ENCODER, TINY_SWIN
 from torch import Tensor
 
 from ssl_vit.data.masking import masked_units, unit_mask
 from ssl_vit.encoders.base import create_encoder
-from ssl_vit.encoders.weights import fill_encoder
 from ssl_vit.objectives.simmim import SimMIM
 from ssl_vit.training.optim import OptimSection, build_optimizer
 from ssl_vit.training.plan import Plan
@@ -204,28 +201,3 @@ def test_impossible_values_are_refused(changes: dict[str, Any], message: str) ->
 def test_impossible_swins_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         swin(**changes)
-
-
-@pytest.mark.parametrize("encoder", [TINY_ENCODER, TINY_SWIN], ids=["vit", "swin"])
-def test_a_whole_run(encoder: dict[str, Any], images: Path, tmp_path: Path) -> None:
-    """It learns, resumes bit for bit, is probed, and its export is timm's."""
-    values = tiny_recipe(
-        images, tmp_path / "run", objective={"name": "simmim", "mask_unit": 8}, encoder=dict(encoder),
-        evals={"knn": {"k": [5]}, "rank": {}, "pictures": {"count": 2}}, optim__epochs="40 steps",
-    )  # fmt: skip
-    values["run"] |= {"save_every": "20 steps", "keep_last": 3}
-    folder = train(values)
-    found = [loss for _, loss in losses(folder)]
-    assert sum(found[-5:]) < 0.9 * sum(found[:5])
-    values["run"] |= {"dir": str(tmp_path / "again")}
-    again = train(values, resume=str(folder / "checkpoints" / "step_00000020"))
-    assert losses(again) == losses(folder)[20:]
-    exported = timm.create_model(f"local-dir:{folder / 'encoder'}", pretrained=True).eval()
-    from ssl_vit.encoders.weights import encoder_config
-
-    config = encoder_config(folder)
-    config.pop("data")
-    ours = create_encoder(**config).eval()
-    fill_encoder(ours, folder)
-    image = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(exported(image), ours.pool(ours(image)), rtol=1e-5, atol=1e-5)

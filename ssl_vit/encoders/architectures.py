@@ -1,4 +1,4 @@
-"""timm's names and sizes of plain ViTs, and checks of sizes that encoders and decoders share."""
+"""timm's names and sizes of ViTs, and checks of sizes that encoders and decoders share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ssl_vit.config import nearest
 
 
 @cache
-def _names() -> tuple[str, ...]:
+def plain_names() -> tuple[str, ...]:
     """timm's plain ViTs that begin with vit_, and DeiT's with a distillation token."""
     import timm
 
@@ -19,34 +19,47 @@ def _names() -> tuple[str, ...]:
     return (*plain, *timm.list_models("deit_*_distilled_*"))
 
 
-def timm_name(name: str) -> str:
+@cache
+def hybrid_names() -> tuple[str, ...]:
+    """timm's ViTs on a residual network with group normalisation; batch normalisation is not exact over processes."""
+    import timm
+
+    return tuple(timm.list_models(["vit_*_r_s*", "vit_*_r[0-9]*_s*"], module="vision_transformer_hybrid"))
+
+
+def timm_name(name: str, names: tuple[str, ...], allowed: str) -> str:
     """The timm architecture meant by ``name``: itself, or ``name`` with a size (224 if timm has that one).
 
+    Args:
+        name: what is asked for.
+        names: architectures of this kind.
+        allowed: what messages say of them.
+
     Raises:
-        ValueError: timm has no such plain ViT.
+        ValueError: ``name`` is none of them.
     """
-    names = _names()
     if name in names:
         return name
     sized = [known for known in names if known.rpartition("_")[0] == name and known.rpartition("_")[2].isdigit()]
     if sized:
         return min(sized, key=lambda known: (not known.endswith("_224"), known))
-    raise ValueError(
-        f"name={name!r}: timm has no such plain ViT{nearest(name, names)}; allowed: "
-        "vit_{tiny,small,base,large,huge}_patch{8,14,16,32}_224 and the like, see timm.list_models('vit_*'), and "
-        "deit_{tiny,small,base}_distilled_patch16_224"
-    )
+    raise ValueError(f"name={name!r}: timm has no such encoder{nearest(name, names)}; allowed: {allowed}")
 
 
 @cache
 def architecture_sizes(name: str) -> dict[str, int]:
-    """``patch_size, embed_dim, depth, num_heads`` that timm gives an architecture."""
+    """``patch_size, embed_dim, depth, num_heads`` that timm gives an architecture, and ``stem_stride``.
+
+    The latter is what a side of an image is divided by before the patches: 1 without a convolutional stem.
+    """
     import timm
 
     with torch.device("meta"):
         model: Any = timm.create_model(name, num_classes=0)
+    patch = model.patch_embed.patch_size[0]
     return {
-        "patch_size": model.patch_embed.patch_size[0],
+        "patch_size": patch,
+        "stem_stride": model.patch_embed.feat_ratio() // patch,
         "embed_dim": model.embed_dim,
         "depth": len(model.blocks),
         "num_heads": model.blocks[0].attn.num_heads,
@@ -94,6 +107,20 @@ def height_width(img_size: int | tuple[int, int]) -> tuple[int, int]:
     """(H, W) of a size that may be one number for both."""
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     return int(height), int(width)
+
+
+def check_img_size(img_size: tuple[int, int], stride: int, what: str) -> None:
+    """Height and width are multiples of ``stride``, which messages call ``what``.
+
+    Raises:
+        ValueError: naming the side and the nearest possible one.
+    """
+    height, width = img_size
+    for axis, pixels in (("height", height), ("width", width)):
+        if pixels < stride or pixels % stride:
+            shown = height if height == width else [height, width]
+            near = max(round(pixels / stride), 1) * stride
+            raise ValueError(f"img_size={shown}: its {axis} {pixels} should be a multiple of {what}; nearest: {near}")
 
 
 def check_choice(key: str, value: str, allowed: tuple[str, ...]) -> None:

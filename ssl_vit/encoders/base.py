@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -10,14 +11,16 @@ from torch import Tensor, nn
 from ssl_vit.config import nearest
 
 FAMILIES = {
-    "vit_": "ssl_vit.encoders.vit:ViT",
-    "deit_": "ssl_vit.encoders.vit:ViT",
-    "swin_": "ssl_vit.encoders.swin:Swin",
-    "resnet": "ssl_vit.encoders.cnn:CNN",
-    "beit_": "ssl_vit.encoders.beit:BEiT",
-    "beitv2_": "ssl_vit.encoders.beit:BEiT",
+    "vit_*_r_s*": "ssl_vit.encoders.hybrid:Hybrid",
+    "vit_*_r[0-9]*_s*": "ssl_vit.encoders.hybrid:Hybrid",
+    "vit_*": "ssl_vit.encoders.vit:ViT",
+    "deit_*": "ssl_vit.encoders.vit:ViT",
+    "swin_*": "ssl_vit.encoders.swin:Swin",
+    "resnet*": "ssl_vit.encoders.cnn:CNN",
+    "beit_*": "ssl_vit.encoders.beit:BEiT",
+    "beitv2_*": "ssl_vit.encoders.beit:BEiT",
 }
-"""First letters of the timm names and the class that builds them."""
+"""Patterns of timm names and the class that builds them; the first that fits counts."""
 
 
 class Tokens(NamedTuple):
@@ -47,7 +50,7 @@ class Encoder(nn.Module):
         in_chans: channels of the image.
         num_prefix_tokens: tokens before the patches.
         anchor: the parameter by which a file of weights is recognised.
-        drops_patches: whether :meth:`forward_visible` exists, i.e. no patch sees another before the first block.
+        drops_patches: whether :meth:`forward_visible` exists, i.e. patches can be left out as if they were not there.
         any_size: whether images of other sizes are taken, see :meth:`take_any_size`.
         grad_checkpointing: whether activations are computed again in the backward pass.
     """
@@ -156,15 +159,16 @@ def encoder_class_of(name: str) -> type[Encoder]:
     Raises:
         ValueError: no encoder of ours is built from it.
     """
-    for prefix, target in FAMILIES.items():
-        if name.startswith(prefix):
+    for pattern, target in FAMILIES.items():
+        if fnmatchcase(name, pattern):
             module, _, attribute = target.partition(":")
             return getattr(importlib.import_module(module), attribute)
     import timm
 
-    names = [known for prefix in FAMILIES for known in timm.list_models(f"{prefix}*")]
-    allowed = ", ".join(f"{prefix}*" for prefix in FAMILIES)
-    raise ValueError(f"no encoder is built from {name!r}{nearest(name, names)}; allowed: timm names {allowed}")
+    names = timm.list_models(list(FAMILIES))
+    raise ValueError(
+        f"no encoder is built from {name!r}{nearest(name, names)}; allowed: timm names {', '.join(FAMILIES)}"
+    )
 
 
 def create_encoder(*, name: str, data: Any = None, **config: Any) -> Encoder:

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from ssl_vit.config import nearest
-from ssl_vit.encoders.architectures import architecture_sizes, check_choice, check_sizes, default_heads
+from ssl_vit.encoders.architectures import (
+    architecture_sizes,
+    check_choice,
+    check_drop_path,
+    check_img_size,
+    check_sizes,
+    default_heads,
+    height_width,
+)
 from ssl_vit.encoders.base import Encoder, Tokens
 from ssl_vit.encoders.relative_positions import grid_of_table, resized_table
 from ssl_vit.encoders.vit import run_blocks
@@ -64,35 +72,28 @@ class BEiT(Encoder):
     ) -> None:
         super().__init__()
         self.name = beit_name(name)
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         check_sizes(patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
         check_choice("rel_pos", rel_pos, ("shared", "layer", "none"))
         check_choice("global_pool", global_pool, ("token", "avg"))
-        if not 0 <= drop_path_rate < 1:
-            raise ValueError(f"drop_path_rate={drop_path_rate}: allowed: 0 to below 1; nearest: 0.0")
+        check_drop_path(drop_path_rate)
         if layer_scale is not None and layer_scale < 0:
             raise ValueError(f"layer_scale={layer_scale}: allowed: 0 (none) or more, e.g. 0.1; nearest: 0.0")
         if embed_dim is not None:
             num_heads = num_heads or default_heads(embed_dim)
-        self.img_size, self.in_chans, self.global_pool = (int(height), int(width)), in_chans, global_pool
+        self.img_size, self.in_chans, self.global_pool = height_width(img_size), in_chans, global_pool
         self.drop_path_rate, self.grad_checkpointing = drop_path_rate, grad_checkpointing
         given = {"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
         default = architecture_sizes(self.name)
         self._sizes = {key: default[key] if value is None else value for key, value in given.items()}
         self._rest = {"mlp_ratio": mlp_ratio, "rel_pos": rel_pos, "abs_pos": abs_pos, "layer_scale": layer_scale}
+        self._arguments = {"in_chans": in_chans, **self._sizes, **self._rest, "global_pool": global_pool}
         self._build()
 
     def _build(self) -> None:
         import timm
 
         patch, embed_dim = self._sizes["patch_size"], self._sizes["embed_dim"]
-        for axis, pixels in zip(("height", "width"), self.img_size, strict=True):
-            if pixels < patch or pixels % patch:
-                shown = self.img_size[0] if self.img_size[0] == self.img_size[1] else list(self.img_size)
-                near = max(round(pixels / patch), 1) * patch
-                raise ValueError(
-                    f"img_size={shown}: its {axis} {pixels} should be a multiple of patch_size={patch}; nearest: {near}"
-                )
+        check_img_size(self.img_size, patch, f"patch_size={patch}")
         check_sizes(embed_dim=embed_dim, num_heads=self._sizes["num_heads"])
         architecture, arguments = self.timm_config()
         self.model = timm.create_model(architecture, drop_path_rate=self.drop_path_rate, **arguments)
@@ -100,19 +101,6 @@ class BEiT(Encoder):
         self.patch_size = self.mask_stride = patch
         self.num_prefix_tokens = 1
         self.grid_size = (self.img_size[0] // patch, self.img_size[1] // patch)
-
-    def config(self) -> dict[str, Any]:
-        """Constructor arguments that build this encoder again; plain types."""
-        return {
-            "name": self.name,
-            "img_size": list(self.img_size),
-            "in_chans": self.in_chans,
-            **self._sizes,
-            **self._rest,
-            "global_pool": self.global_pool,
-            "drop_path_rate": self.drop_path_rate,
-            "grad_checkpointing": self.grad_checkpointing,
-        }
 
     def timm_config(self) -> tuple[str, dict[str, Any]]:
         """Architecture and arguments with which ``timm.create_model`` alone builds ``self.model``."""
@@ -184,11 +172,7 @@ class BEiT(Encoder):
 
     def embed(self, image: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None) -> Tensor:
         """Class token and patches before the first block, (B, 1 + N, D)."""
-        if tuple(image.shape[1:]) != (self.in_chans, *self.img_size):
-            raise ValueError(
-                f"image of shape {tuple(image.shape)}: this encoder takes (B, {self.in_chans}, {self.img_size[0]}, "
-                f"{self.img_size[1]}); build it with in_chans and img_size of the images, or crop them to it"
-            )
+        self.check_image(image)
         patches = self.model.patch_embed(image)  # (B, N, D)
         if mask is not None:
             assert mask_token is not None, "a mask needs a mask token"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ssl_vit.config import nearest
-from ssl_vit.encoders.architectures import check_drop_path, check_sizes, height_width
+from ssl_vit.encoders.architectures import check_drop_path, check_img_size, check_sizes, height_width
 from ssl_vit.encoders.base import Encoder, Tokens
 from ssl_vit.encoders.vit import run_blocks
 
@@ -70,13 +70,7 @@ class Swin(Encoder):
         self.img_size = height_width(img_size)
         self.mask_stride = sizes["first_patch_size"]
         self.patch_size = self.mask_stride * 2 ** (len(sizes["depths"]) - 1)
-        for pixels in self.img_size:
-            if pixels < self.patch_size or pixels % self.patch_size:
-                near = max(round(pixels / self.patch_size), 1) * self.patch_size
-                raise ValueError(
-                    f"img_size={pixels}: should be a multiple of {self.patch_size}, the stride of the last stage; "
-                    f"nearest: {near}"
-                )
+        check_img_size(self.img_size, self.patch_size, f"{self.patch_size}, the stride of the last stage")
         self.grid_size = (self.img_size[0] // self.patch_size, self.img_size[1] // self.patch_size)
         self._arguments, self.in_chans = {**sizes, "in_chans": in_chans}, in_chans
         self.drop_path_rate, self.grad_checkpointing, self.num_prefix_tokens = drop_path_rate, grad_checkpointing, 0

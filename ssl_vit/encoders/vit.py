@@ -15,9 +15,11 @@ from ssl_vit.encoders.architectures import (
     architecture_sizes,
     check_choice,
     check_drop_path,
+    check_img_size,
     check_sizes,
     default_heads,
     height_width,
+    plain_names,
     timm_name,
 )
 from ssl_vit.encoders.base import Encoder, Tokens
@@ -70,7 +72,7 @@ class ViT(Encoder):
         grad_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        self.name = timm_name(name)
+        self.name = self._timm_name(name)
         check_sizes(patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
         check_choice("pos_embed", pos_embed, POSITIONS)
         check_choice("global_pool", global_pool, ("token", "avg"))
@@ -95,28 +97,33 @@ class ViT(Encoder):
         self._tables: dict[tuple[int, int], Tensor] = {}
         self._build({"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads})
 
+    @staticmethod
+    def _timm_name(name: str) -> str:
+        return timm_name(
+            name,
+            plain_names(),
+            "vit_{tiny,small,base,large,huge}_patch{8,14,16,32}_224 and the like, see timm.list_models('vit_*'), and "
+            "deit_{tiny,small,base}_distilled_patch16_224",
+        )
+
     def _build(self, sizes: dict[str, int | None]) -> None:
         import timm
 
         default = architecture_sizes(self.name)
         sizes = {key: default[key] if value is None else value for key, value in sizes.items()}
         patch, embed_dim, num_heads = (cast(int, sizes[key]) for key in ("patch_size", "embed_dim", "num_heads"))
-        height, width = self.img_size
-        for axis, pixels in (("height", height), ("width", width)):
-            if pixels < patch or pixels % patch:
-                shown = height if height == width else [height, width]
-                near = max(round(pixels / patch), 1) * patch
-                raise ValueError(
-                    f"img_size={shown}: its {axis} {pixels} should be a multiple of patch_size={patch}; nearest: {near}"
-                )
+        stride = patch * default["stem_stride"]
+        check_img_size(
+            self.img_size, stride, f"patch_size={patch}" if stride == patch else f"{stride}, the pixels of a patch"
+        )
         check_sizes(embed_dim=embed_dim, num_heads=num_heads)
         self._arguments = {**self._given, **sizes}
         architecture, arguments = self.timm_config()
         self.model = timm.create_model(architecture, drop_path_rate=self.drop_path_rate, **arguments)
         self.embed_dim = self.token_dim = embed_dim
-        self.patch_size, self.in_chans = patch, cast(int, self._given["in_chans"])
-        self.mask_stride = patch
-        self.grid_size = (self.img_size[0] // patch, self.img_size[1] // patch)
+        self.patch_size, self.in_chans = stride, cast(int, self._given["in_chans"])
+        self.mask_stride = stride
+        self.grid_size = (self.img_size[0] // stride, self.img_size[1] // stride)
         self.num_prefix_tokens = cast(int, self.model.num_prefix_tokens)
         if self.pos_embed == "learned2d" and embed_dim % 2:
             raise ValueError(f"embed_dim={embed_dim}: allowed with pos_embed='learned2d': even numbers")
