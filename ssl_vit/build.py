@@ -21,6 +21,7 @@ from ssl_vit.data.sources import open_source
 from ssl_vit.encoders.base import Encoder, create_encoder
 from ssl_vit.encoders.weights import encoder_config, fill_encoder, fill_objective
 from ssl_vit.evaluation.base import Evaluation, Subset, split_by_key
+from ssl_vit.modules.target_cache import TargetCache
 from ssl_vit.objectives.base import Objective
 from ssl_vit.recipe import (
     FILLED,
@@ -157,7 +158,7 @@ class Sets:
             Order(index.shard_sizes.tolist(), derive_seed(recipe.seed, i), data.num_lanes, data.window)
             for i, index in enumerate(self.train)
         ]
-        return constructed("data", lambda: Stream(orders, recipe.seed, data.weights, data.repeats))
+        return constructed("data", lambda: Stream(orders, recipe.seed, data.weights, data.repeats, data.fixed_passes))
 
 
 def open_sets(data: DataSection, opened: dict[str, Index] | None = None) -> Sets:
@@ -184,6 +185,23 @@ def open_sets(data: DataSection, opened: dict[str, Index] | None = None) -> Sets
         return Sets(train, everything, rule, Subset.all(train[0]), everything)
     rule = "probes train on 80 % of data.val, scored on the other 20 % (stratified, by hash of the key)"
     return Sets(train, everything, rule, *split_by_key(everything, 0.2))
+
+
+def open_targets(objective: Objective, recipe: Recipe, sets: Sets, stream: Stream) -> None:
+    """Open the cache of an objective's targets, if the recipe asks for one."""
+    if objective.target_cache is None or stream.period is None:
+        return
+    data = recipe.data
+    key = {
+        "target": objective.target_facts(),
+        "view": repr(objective.views(objective.encoder.img_size)),
+        "pixels": [recipe.encoder.get("in_chans", 3), data.max_pixels],
+        "data": sets.fingerprint,
+        "order": [recipe.seed, data.num_lanes, data.window, data.weights, data.repeats, data.fixed_passes],
+        "precision": recipe.mixed_precision,
+    }
+    objective.targets = TargetCache(Path(objective.target_cache), key, stream.period)
+    logger.info("targets: %s, of %d views", objective.targets.path, stream.period)
 
 
 def resolve_classes(recipe: Recipe, opened: dict[str, Index] | None = None) -> None:

@@ -45,6 +45,8 @@ class DataSection(Section):
         num_lanes: parallel sequences of the sample order
         window: samples of a lane that are shuffled together
         repeats: views of each sample in a row (repeated augmentation)
+        fixed_passes: after so many passes the same samples come again in the same views and order, so that
+            objective.target_cache can keep what a teacher or tokenizer said of them; default: views never recur
         bad_samples: an image that does not decode: replace, count and name it, or stop
         max_bad_fraction: stop when more than this share of the samples is bad
         max_pixels: larger images are bad samples
@@ -63,6 +65,7 @@ class DataSection(Section):
     num_lanes: int = Field(default=64, ge=1)
     window: int = Field(default=4096, ge=1)
     repeats: int = Field(default=1, ge=1)
+    fixed_passes: int | None = Field(default=None, ge=1)
     bad_samples: Literal["skip", "stop"] = "skip"
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
     max_pixels: int = Field(default=178_956_970, ge=1)
@@ -187,6 +190,11 @@ def check_recipe(recipe: RecipeT) -> RecipeT:
         recipe.objective = {"name": recipe.objective["name"], **filled, "init": recipe.objective.get("init")}
         if not recipe.data.train:
             raise InputError("data.train: is required; give it as data.train=folder:/my/images or a folder of shards")
+        if recipe.objective.get("target_cache") and not recipe.data.fixed_passes:
+            raise InputError(
+                f"objective.target_cache={recipe.objective['target_cache']!r}: needs data.fixed_passes=K: without it "
+                "no view comes twice, and targets of one crop are not those of another; give K, or leave the cache out"
+            )
         micro_batch(recipe.optim.batch_size, recipe.run.micro_batch_size, 1)
         _above_zero("run.save_every", recipe.run.save_every)
         _above_zero("run.keep_every", recipe.run.keep_every)

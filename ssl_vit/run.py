@@ -55,6 +55,7 @@ def run(recipe: Recipe, resume: str = "auto") -> None:
         launch.check(objective, recipe.optim.clip_mode)
         sets = build.open_sets(recipe.data, opened)
         stream = sets.stream(recipe)
+        build.open_targets(objective, recipe, sets, stream)
         plan = Plan(recipe.optim, stream.epoch_size, micro, launch.num_ranks)
         plan.check()
         evaluations = build.build_evaluations(recipe.evals, labelled=sets.val is not None)

@@ -27,20 +27,24 @@ RAISED_FILES = {
     # one door for every pipeline: words, help, status and exit codes
     "ssl_vit/cli.py": 265,
     # every section of a recipe with its documentation, and the checks between them
-    "ssl_vit/recipe.py": 270,
+    "ssl_vit/recipe.py": 275,
+    # from each section of a recipe to its objects
+    "ssl_vit/build.py": 270,
     # the published method reads in the order it computes
     "ssl_vit/objectives/mae.py": 160,
-    # a hundred lines are its 29 published settings, each a documented argument
-    "ssl_vit/objectives/ibot.py": 225,
+    # a hundred lines are its 30 published settings, each a documented argument
+    "ssl_vit/objectives/ibot.py": 230,
     # two tokenizers that share encoder, view and hand-over; half of it is documentation of arguments
     "ssl_vit/objectives/tokenizer_training.py": 180,
     # both versions of the method, whose masks and paths are most of its arguments
-    "ssl_vit/objectives/beit.py": 180,
+    "ssl_vit/objectives/beit.py": 190,
     "ssl_vit/encoders/vit.py": 285,
 }
 RAISED_FUNCTIONS = {
     # 31 lines are its signature
     ("ssl_vit/objectives/ibot.py", "__init__"): 75,
+    # 18 lines are its signature
+    ("ssl_vit/objectives/beit.py", "__init__"): 65,
     # the two functions that are meant to be read from top to bottom in one piece
     ("ssl_vit/training/trainer.py", "_steps"): 75,
     ("ssl_vit/run.py", "run"): 95,

@@ -40,7 +40,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def batches(index: Index, **changes: Any) -> TrainBatches:
     order = Order(index.shard_sizes.tolist(), 5, changes.pop("num_lanes", 4), 8)
     settings: dict[str, Any] = {"seed": 3, "batch_size": 12, "micro_batch_size": 12, **changes}
-    return TrainBatches([index], Stream([order], 5, repeats=changes.pop("repeats", 1)), VIEW, PIXELS, **settings)
+    stream = settings.pop("stream", None) or Stream([order], 5, repeats=settings.pop("repeats", 1))
+    return TrainBatches([index], stream, VIEW, PIXELS, **settings)
 
 
 def damage(folder: Path, samples: list[int]) -> Index:

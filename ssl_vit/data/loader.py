@@ -120,10 +120,14 @@ class TrainBatches(Dataset):
         return {key: torch.stack([view[key] for view in views]) for key in views[0]}, reports
 
     def _view_at(self, position: int, reports: list[BadReport]) -> dict[str, Tensor]:
+        good = len(reports)
         image, label = self._good_image(position, reports)
-        seed_generators(derive_seed(self.seed, VIEW_SEED, position))
+        recurring = self.stream.recurring(position)
+        seed_generators(derive_seed(self.seed, VIEW_SEED, recurring))
         view = self.view({"image": image, "label": label})
         view["index"] = torch.tensor(position)
+        if self.stream.period:  # what replaces a bad sample depends on the batch: it does not recur
+            view["place"] = torch.tensor(recurring if len(reports) == good else -1)
         return view
 
     def _good_image(self, position: int, reports: list[BadReport]) -> tuple[Tensor, int]:

@@ -131,18 +131,26 @@ class Stream(_Cached):
         weights: relative share of each source; None: in proportion to their numbers of samples.
         repeats: how often an entry is seen in a row, each time in another view: position P is copy ``P % repeats`` of
             entry ``P // repeats``.
+        fixed_passes: after so many passes the stream begins again, with the same samples in the same views; None: it
+            never does.
 
     Raises:
         InputError: weights that do not fit the sources.
     """
 
     def __init__(
-        self, orders: Sequence[Order], seed: int, weights: Sequence[float] | None = None, repeats: int = 1
+        self,
+        orders: Sequence[Order],
+        seed: int,
+        weights: Sequence[float] | None = None,
+        repeats: int = 1,
+        fixed_passes: int | None = None,
     ) -> None:
         assert orders, "a stream needs a source"
         assert repeats > 0, repeats
         self.orders, self.seed, self.repeats = list(orders), seed, repeats
         self.epoch_size = sum(order.epoch_size for order in self.orders)
+        self.period = self.epoch_size * repeats * fixed_passes if fixed_passes else None
         self.num_lanes = max(order.num_lanes for order in self.orders)
         self.rows = block_rows(weights or [order.num_samples for order in self.orders])
         if len(self.rows) != len(self.orders):
@@ -164,9 +172,13 @@ class Stream(_Cached):
             own_row[sources == source] = np.arange(block * count, (block + 1) * count)
         return sources.tolist(), own_row.tolist()
 
+    def recurring(self, position: int) -> int:
+        """The first position with the same sample in the same view: the seed of the view."""
+        return position % self.period if self.period else position
+
     def locate(self, position: int) -> tuple[int, int]:
         """The source (its number) and the sample index in that source at a position of the stream."""
-        entry = position // self.repeats
+        entry = self.recurring(position) // self.repeats
         if len(self.orders) == 1:
             return 0, self.orders[0].sample(entry)
         row, column = divmod(entry, self.num_lanes)

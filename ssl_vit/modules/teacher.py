@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ssl_vit.config import Section
 from ssl_vit.encoders.classifiers import load_classifier
+from ssl_vit.modules.target_cache import state_hash
 
 
 class TeacherSection(Section):
@@ -65,6 +66,10 @@ class Teacher(nn.Module):
         # (x * std + mean - own_mean) / own_std; plain numbers, which no cast of the module rounds
         self.scale = [s / own for s, own in zip(std, own_std, strict=True)]
         self.shift = [(m - own) / s for m, own, s in zip(mean, own_mean, own_std, strict=True)]
+
+    def facts(self) -> dict[str, Any]:
+        """What its logits depend on; plain values."""
+        return {"teacher": state_hash(self), "img_size": list(self.img_size), "scale": self.scale, "shift": self.shift}
 
     @torch.no_grad()
     def forward(self, image: Tensor) -> Tensor:

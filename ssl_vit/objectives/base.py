@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ssl_vit.config import nearest
 from ssl_vit.encoders.base import Encoder, Tokens
+from ssl_vit.modules.target_cache import TargetCache
 
 CALLS = ("loss", "encode", "predict", "pictures")
 """What ``objective(batch, call=...)`` may ask for; an objective has those of which it defines the method."""
@@ -48,6 +49,7 @@ class Objective(nn.Module):
         before_step(progress)   trainer    sets all that is scheduled
         after_step(applied)     trainer    EMA, centres
         encoder_filled()        build      encoder.init has filled the encoder; copies of it follow
+        target_facts()          run        what fixed targets depend on beside views and data; needed with target_cache
         hand_over(folder)       report     writes what a finished run leaves beside its encoder; facts for result.json
         no_weight_decay()       optimizer  parameter names exempt beside biases and 1-D parameters
 
@@ -63,6 +65,8 @@ class Objective(nn.Module):
         self.encoder = encoder
         self.resting: tuple[nn.Parameter, ...] = ()
         self._frozen: list[nn.Module] = []
+        self.target_cache: str | None = None
+        self.targets: TargetCache | None = None
 
     def forward(self, batch: dict[str, Tensor], call: str = "loss") -> Any:
         """Run ``call`` on a batch: the only door to the weights, so that wrappers see every use.
@@ -102,6 +106,14 @@ class Objective(nn.Module):
 
     def encoder_filled(self) -> None:
         """Called once after ``encoder.init`` has filled the encoder: whatever starts as its copy is copied again."""
+
+    def target_facts(self) -> dict[str, Any]:
+        """What identifies the frozen network that gives targets; plain values, hashes of weights among them."""
+        raise NotImplementedError
+
+    def cached(self, batch: dict[str, Tensor], compute: Callable[[], Tensor]) -> Tensor:
+        """``compute()``, or what it gave when these views came before, if a cache is open (``target_cache``)."""
+        return compute() if self.targets is None else self.targets.get(batch["place"], compute)
 
     def hand_over(self, folder: Path) -> dict[str, Any]:
         """Write what a finished run leaves in its folder beside the encoder.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from ssl_vit.encoders.base import Encoder
 from ssl_vit.encoders.beit import BEiT as BEiTEncoder
 from ssl_vit.modules.initialisation import initialise_beit, scale_residuals
 from ssl_vit.modules.patches import gather_patches
+from ssl_vit.modules.target_cache import state_hash
 from ssl_vit.modules.tokenizer import TokenizerFile, load_tokenizer
 from ssl_vit.objectives.base import Objective
 
@@ -44,6 +45,7 @@ class BEiT(Objective):
         crop_ratio: smallest and largest aspect ratio of a crop
         flip: probability of a horizontal flip
         interpolation: filter that resizes the encoder's crop
+        target_cache: folder in which the tokenizer's codes are kept (with data.fixed_passes)
 
     Raises:
         ValueError: no tokenizer or one that does not fit, an encoder that cannot do it, or an impossible value.
@@ -65,8 +67,10 @@ class BEiT(Objective):
         crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
         flip: float = 0.5,
         interpolation: Literal["bicubic", "bilinear"] = "bicubic",
+        target_cache: str | None = None,
     ) -> None:
         super().__init__(encoder)
+        self.target_cache = target_cache
         if getattr(encoder, "mask_stride", None) != encoder.patch_size:
             raise ValueError(
                 f"encoder.name={encoder.name!r}: BEiT predicts one code for each masked patch, and this "
@@ -131,7 +135,8 @@ class BEiT(Objective):
         # masked patches first, as many in each row: where fewer are masked the rest counts nothing, and nobody waits
         places = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, : self.num_masked]  # (B, M)
         counted = mask.gather(1, places).flatten()
-        target = self.tokenizer.tokens(batch["target_image"]).gather(1, places).flatten()
+        codes = self.cached(batch, lambda: self.tokenizer.tokens(batch["target_image"]))  # (B, N)
+        target = codes.gather(1, places).flatten()
         loss, metrics = torch.zeros((), device=target.device), {}
         for name, hidden in self._paths(batch).items():
             logits = self.head(gather_patches(hidden, places)).flatten(0, 1)  # (B M, K)
@@ -158,6 +163,10 @@ class BEiT(Objective):
         mask = batch["mask"]
         share = (right & mask).sum(dim=1) / mask.sum(dim=1)
         return {"codes": codes, "vocab_size": torch.tensor(self.tokenizer.vocab_size), "masked_accuracy": share}
+
+    def target_facts(self) -> dict[str, Any]:
+        """The tokenizer: its weights, and the size of its pictures."""
+        return {"tokenizer": state_hash(self.tokenizer), "img_size": list(self.tokenizer.img_size)}
 
     def no_weight_decay(self) -> set[str]:
         """The class token and learned positions; mask token and relative positions are decayed, as released."""

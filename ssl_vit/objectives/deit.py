@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ class DeiT(Objective):
         head_std: standard deviation of both classifiers' initial weights
         mix: Mixup and CutMix
         augment: what happens to each image
+        target_cache: folder in which the teacher's logits are kept (with data.fixed_passes, without Mixup and CutMix)
 
     Raises:
         ValueError: an encoder without exactly two prefix tokens, no teacher, or an impossible value.
@@ -51,6 +52,7 @@ class DeiT(Objective):
         head_std: float = 0.02,
         mix: MixSection = MixSection(),  # noqa: B008
         augment: AugmentSection = AugmentSection(),  # noqa: B008
+        target_cache: str | None = None,
         mean: tuple[float, ...] = (0.485, 0.456, 0.406),
         std: tuple[float, ...] = (0.229, 0.224, 0.225),
     ) -> None:
@@ -64,6 +66,12 @@ class DeiT(Objective):
             raise ValueError(f"alpha={alpha}: allowed: 0 to 1; published: 0.5 (hard), 0.1 (soft)")
         if temperature <= 0:
             raise ValueError(f"temperature={temperature}: allowed: above 0; published: 3.0")
+        if target_cache and mix.prob and (mix.mixup or mix.cutmix):
+            raise ValueError(
+                f"target_cache={target_cache!r}: allowed with mix.mixup=0 and mix.cutmix=0 only (now {mix.mixup} and "
+                f"{mix.cutmix}): mixtures never come twice"
+            )
+        self.target_cache = target_cache
         num_classes = check_classes(num_classes)
         self.distillation, self.alpha, self.temperature = distillation, alpha, temperature
         self.mixer = Mixer(mix, num_classes, label_smoothing)
@@ -82,7 +90,9 @@ class DeiT(Objective):
         image, target = self.mixer(batch["image"], batch["label"], self.training)
         logits, distilled = self._both(image)
         labels = soft_loss(logits, target, "ce")
-        teacher = self.teacher(image).to(torch.promote_types(distilled.dtype, torch.float32))
+        teacher = self.cached(batch, lambda: self.teacher(image)).to(
+            torch.promote_types(distilled.dtype, torch.float32)
+        )
         distillation = self._distillation(distilled.to(teacher.dtype), teacher)
         loss = (1 - self.alpha) * labels + self.alpha * distillation
         return loss, {"label_loss": labels.detach(), "distillation_loss": distillation.detach()}
@@ -91,6 +101,10 @@ class DeiT(Objective):
         """The mean of both heads' logits, (B, num_classes)."""
         logits, distilled = self._both(batch["image"])
         return (logits + distilled) / 2
+
+    def target_facts(self) -> dict[str, Any]:
+        """The teacher: its weights, size and normalisation."""
+        return self.teacher.facts()
 
     def no_weight_decay(self) -> set[str]:
         """Positions and tokens, as published."""

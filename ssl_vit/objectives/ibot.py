@@ -65,6 +65,7 @@ class IBOT(Objective):
         blur: probability of a blur in the first large, the second large and the small views
         blur_sigma: smallest and largest standard deviation of the blur in pixels
         solarise: probability of solarisation in the second large view
+        init_std: standard deviation of the encoder's initial linear layers, as published for widths from 384
 
     Raises:
         ValueError: an encoder without class token or of one image size, or an impossible value.
@@ -102,6 +103,7 @@ class IBOT(Objective):
         blur: tuple[float, float, float] = (1.0, 0.1, 0.5),
         blur_sigma: tuple[float, float] = (0.1, 2.0),
         solarise: float = 0.2,
+        init_std: float = 0.02,
     ) -> None:
         super().__init__(encoder)
         if getattr(encoder.model, "cls_token", None) is None:
@@ -123,8 +125,10 @@ class IBOT(Objective):
         mask = MaskRule(encoder.grid_size, mask_ratio, mask_variance, mask_shape)
         self.view = MultiCropView(large, second, small, local_crops, mask)
         self.view.check(encoder.in_chans, encoder.patch_size)
-        # the rest of timm's initialisation is the published one
         nn.init.trunc_normal_(encoder.model.cls_token, std=0.02)
+        for module in encoder.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=init_std)
         self.student = copy.deepcopy(encoder)
         if local_crops:
             self.student.take_any_size()
