@@ -23,7 +23,7 @@ RAISED_FILES = {
     # the run on one screen, with the small pieces only it uses
     "ssl_vit/run.py": 280,
     # the loop, with everything that may end or undo a step
-    "ssl_vit/training/trainer.py": 265,
+    "ssl_vit/training/trainer.py": 270,
     # one door for every pipeline: words, help, status and exit codes
     "ssl_vit/cli.py": 265,
     # every section of a recipe with its documentation, and the checks between them
@@ -33,7 +33,7 @@ RAISED_FILES = {
     # the published method reads in the order it computes
     "ssl_vit/objectives/mae.py": 160,
     # a hundred lines are its 30 published settings, each a documented argument
-    "ssl_vit/objectives/ibot.py": 230,
+    "ssl_vit/objectives/ibot.py": 235,
     # two tokenizers that share encoder, view and hand-over; half of it is documentation of arguments
     "ssl_vit/objectives/tokenizer_training.py": 180,
     # both versions of the method, whose masks and paths are most of its arguments

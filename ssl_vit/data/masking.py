@@ -75,47 +75,9 @@ def masked_units(num_units: int, mask_ratio: float) -> int:
     return count
 
 
-def blockwise_mask(grid_size: tuple[int, int], ratio: float, aspect: tuple[float, float] = (0.3, 1 / 0.3)) -> Tensor:
-    """Blocks until about a share ``ratio`` of the patches is masked (iBOT, arXiv 2111.07832, after BEiT).
-
-    Each block takes at least one new patch and never more than are left to mask; its area is uniform between
-    ``(min(h, w) // 3) ** 2`` and what is left, its logarithmic aspect ratio uniform, and it is smaller than the grid in
-    both directions. After ten blocks in a row that do not fit, the mask stays as it is, so fewer may be masked.
-    Draws from ``random``, which the loader seeds for each view.
-
-    Args:
-        grid_size: (h, w) of the patch grid.
-        ratio: share to mask; 0 masks nothing.
-        aspect: smallest and largest height over width of a block.
-
-    Returns:
-        bool (N,), with at most ``ratio * N`` True entries.
-    """
-    rows, columns = grid_size
-    mask = torch.zeros(rows, columns, dtype=torch.bool)
-    wanted, count = ratio * rows * columns, 0
-    smallest = (min(rows, columns) // 3) ** 2
-    low, high = math.log(aspect[0]), math.log(aspect[1])
-    tries = 10
-    while count < wanted and tries:
-        tries -= 1
-        area = random.uniform(smallest, wanted - count)
-        shape = math.exp(random.uniform(low, high))
-        height, width = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
-        if height >= rows or width >= columns:
-            continue
-        top, left = random.randint(0, rows - height), random.randint(0, columns - width)
-        block = mask[top : top + height, left : left + width]
-        new = height * width - int(block.sum())
-        if 0 < new <= wanted - count:
-            block.fill_(True)
-            count, tries = count + new, 10
-    return mask.flatten()
-
-
 def block_mask(
     grid_size: tuple[int, int],
-    num_masked: int,
+    num_masked: float,
     min_block: int,
     max_block: int | None = None,
     aspect: tuple[float, float] = (0.3, 1 / 0.3),
@@ -126,11 +88,12 @@ def block_mask(
     The area of a block is uniform between ``min_block`` and what is left to mask (which may be less than
     ``min_block``), the logarithm of its aspect ratio uniform; it is smaller than the grid in both directions, takes at
     least one new patch and never more than are left. After ten tries that do not fit, BEiT stops short; BEiT v2 fills
-    up with single patches. Draws from ``random``, which the loader seeds for each view.
+    up with single patches. iBOT's masks (arXiv 2111.07832) are BEiT's with ``(min(h, w) // 3) ** 2`` patches as the
+    smallest block. Draws from ``random``, which the loader seeds for each view.
 
     Args:
         grid_size: (h, w) of the patch grid.
-        num_masked: patches to mask.
+        num_masked: patches to mask; with ``exact`` a whole number.
         min_block: smallest area of a block.
         max_block: largest area of a block; None: what is left.
         aspect: smallest and largest height over width of a block.
@@ -159,5 +122,5 @@ def block_mask(
     mask = mask.flatten()
     if exact and left > 0:
         free = (~mask).nonzero().flatten().tolist()
-        mask[random.sample(free, left)] = True
+        mask[random.sample(free, int(left))] = True
     return mask

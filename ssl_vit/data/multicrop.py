@@ -10,7 +10,7 @@ import torch
 from PIL import ImageFilter, ImageOps
 from torch import Tensor
 
-from ssl_vit.data.masking import blockwise_mask
+from ssl_vit.data.masking import block_mask
 from ssl_vit.data.views import CropView, from_pil, to_pil
 
 
@@ -120,7 +120,7 @@ class MaskRule:
         which = random.randrange(len(self.ratios))
         ratio = random.uniform(self.ratios[which] - self.variances[which], self.ratios[which] + self.variances[which])
         if self.shape == "block":
-            return blockwise_mask(self.grid_size, ratio)
+            return block_mask(self.grid_size, ratio * self.num_patches, (min(self.grid_size) // 3) ** 2, exact=False)
         masked = int(ratio * self.num_patches)
         return torch.randperm(self.num_patches) < masked
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -99,3 +101,25 @@ def masked_loss(teacher: Tensor, student: Tensor, weight: Tensor) -> Tensor:
 def entropy(probabilities: Tensor) -> Tensor:
     """(..., K) to (...): 0 if all is on one prototype, ln K if it is spread evenly."""
     return torch.special.entr(probabilities).sum(dim=-1)
+
+
+def collapse(values: dict[str, float], num_prototypes: int) -> str | None:
+    """What is wrong if the student has nothing to learn: the teacher says less than 0.01 nats of its class tokens.
+
+    Args:
+        values: ``cls_kl`` and ``cls_entropy``, means over a batch.
+        num_prototypes: of the head.
+    """
+    entropy, most = values["cls_entropy"], math.log(num_prototypes)
+    if min(values["cls_kl"], entropy, most - entropy) >= 0.01:
+        return None
+    if entropy < most / 2:
+        return (
+            "collapse suspected: the teacher chooses the same prototypes for every image (cls_entropy or cls_kl near "
+            "0); raise objective.teacher_temp, lower objective.centre_momentum or optim.base_lr"
+        )
+    return (
+        "collapse suspected: the teacher is undecided about every image (cls_entropy near ln "
+        f"{num_prototypes}, or cls_kl near 0); lower objective.teacher_temp, raise optim.batch_size or, for encoders narrower than 384, "
+        "objective.init_std, or lower objective.momentum for a short run"
+    )

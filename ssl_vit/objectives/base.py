@@ -49,6 +49,7 @@ class Objective(nn.Module):
         before_step(progress)   trainer    sets all that is scheduled
         after_step(applied)     trainer    EMA, centres
         encoder_filled()        build      encoder.init has filled the encoder; copies of it follow
+        symptom(values)         trainer    what is wrong, if the logged numbers tell; a warning
         target_facts()          run        what fixed targets depend on beside views and data; needed with target_cache
         hand_over(folder)       report     writes what a finished run leaves beside its encoder; facts for result.json
         no_weight_decay()       optimizer  parameter names exempt beside biases and 1-D parameters
@@ -103,6 +104,14 @@ class Objective(nn.Module):
         Args:
             applied: scalar on the device, 1 if the optimizer made its step, 0 if it was skipped: then nothing may move.
         """
+
+    def symptom(self, values: dict[str, float]) -> str | None:
+        """What the numbers of a logged step say is wrong, and the knobs that may help; None: nothing.
+
+        Args:
+            values: ``loss`` and the metrics of :meth:`loss`, means over the processes.
+        """
+        return None
 
     def encoder_filled(self) -> None:
         """Called once after ``encoder.init`` has filled the encoder: whatever starts as its copy is copied again."""

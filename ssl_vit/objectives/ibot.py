@@ -18,6 +18,7 @@ from ssl_vit.modules.patches import gather_patches
 from ssl_vit.modules.self_distillation import (
     Centre,
     check_temperatures,
+    collapse,
     cross_view_loss,
     entropy,
     masked_loss,
@@ -168,6 +169,10 @@ class IBOT(Objective):
             average.update(student, self.momentum, applied)
         self.cls_centre.step(applied)
         self.patch_centre.step(applied)
+
+    def symptom(self, values: dict[str, float]) -> str | None:
+        """A collapse, see :func:`ssl_vit.modules.self_distillation.collapse`."""
+        return collapse(values, self.cls_centre.value.numel())
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy of class tokens across views and of masked patches within a view.

@@ -26,6 +26,9 @@ from ssl_vit.training.strategies import Strategy
 
 logger = logging.getLogger(__name__)
 
+SETTLED = 100
+"""Steps after which the numbers of a run are looked at for symptoms."""
+
 
 @dataclass
 class Trainer:
@@ -81,7 +84,7 @@ class Trainer:
             FloatingPointError: losses or gradients were not finite again after going back to a checkpoint.
         """
         self.device, self.objective = self.strategy.device, self.strategy.objective
-        self.flags, self.saved, self.rolled_back = Flags(self.device), self.start_step or None, False
+        self.flags, self.saved, self.rolled_back, self.ill = Flags(self.device), self.start_step or None, False, 0
         start = self.start_step
         if not self.evaluated:
             self._evaluate(start)
@@ -233,6 +236,11 @@ class Trainer:
         if self.skips.steps:
             line["skipped"] = len(self.skips.steps)
         self.log.train(line)
+        # early numbers tell nothing yet, and one line may be chance
+        symptom = self.objective.symptom(line) if done >= min(SETTLED, self.plan.total_steps / 2) else None
+        self.ill = self.ill + 1 if symptom else 0
+        if self.ill == 2 and self.log.active:
+            logger.warning("step %d: %s", done, symptom)
 
     def _save(self, step: int, evaluated: bool = True) -> None:
         """Write a checkpoint; a full disk costs this one, not the run."""
