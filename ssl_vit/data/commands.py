@@ -100,7 +100,7 @@ def command(
     Args:
         name: of the pipeline.
         text: what it does, the head of its help.
-        places: words it needs, by name.
+        places: words it needs, by name; the last may be ``NAME...``, one or more.
         section: its settings.
         run: called with the words and the checked settings.
         argv: the command line; default: this process's.
@@ -114,7 +114,8 @@ def command(
     settings = [word for word in words if re.match(r"-|\w+=", word)]
     given = [word for word in words if word not in settings]
     try:
-        if len(given) != len(places):
+        many = places[-1].endswith("...")
+        if len(given) < len(places) or (len(given) > len(places) and not many):
             raise InputError(f"{len(given)} words given, {' and '.join(places)} needed; {usage}")
         run(given, check(section, load([], settings)))
     except InputError as error:

@@ -119,7 +119,7 @@ def collapse(values: dict[str, float], num_prototypes: int) -> str | None:
             "0); raise objective.teacher_temp, lower objective.centre_momentum or optim.base_lr"
         )
     return (
-        "collapse suspected: the teacher is undecided about every image (cls_entropy near ln "
-        f"{num_prototypes}, or cls_kl near 0); lower objective.teacher_temp, raise optim.batch_size or, for encoders narrower than 384, "
+        f"collapse suspected: the teacher is undecided about every image (cls_entropy near ln {num_prototypes}, or "
+        "cls_kl near 0); lower objective.teacher_temp, raise optim.batch_size or, for encoders narrower than 384, "
         "objective.init_std, or lower objective.momentum for a short run"
     )
