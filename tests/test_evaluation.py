@@ -141,6 +141,9 @@ def test_evaluations_count_each_sample_once_and_name_bad_ones(tmp_path: Path) ->
     features, labels = judged.features("val")
     assert len(features) == len(labels) == 21
     assert [report.name for report in reports] == [everything.index.describe(5)]
+    judged.val = Subset(everything.index, everything.samples[5:6])
+    with pytest.raises(InputError, match=r"none of the 1 images decodes; the first: .*is not an image"):
+        judged.features("val")
 
 
 def test_probe_sets_follow_the_contract(images: Path, tmp_path: Path) -> None:

@@ -40,12 +40,25 @@ ENCODERS = {"deit": "deit_tiny_distilled_patch16_224"}
 """Encoders of objectives that need one of their own."""
 
 
-def build(name: str, images: Path, tmp_path: Path) -> tuple[Objective, dict[str, torch.Tensor]]:
-    """A tiny objective and a real batch from its own views."""
-    arguments = {key: made(tmp_path) if callable(made) else made for key, made in TINY.get(name, {}).items()}
+COLOURS: dict[str, dict[str, Any]] = {
+    "ibot": {"jitter_prob": 0.0, "grey": 0.0, "solarise": 0.0, "blur": [0.0, 0.0, 0.0]},
+    "beit": {"color_jitter": 0.0},
+}
+"""What turns off augmentations that only colour pictures have."""
+
+
+def recipe_of(name: str, images: Path, tmp_path: Path) -> dict[str, Any]:
+    arguments = {
+        key: made(tmp_path.parent / "parts") if callable(made) else made for key, made in TINY.get(name, {}).items()
+    }
     values = tiny_recipe(images, tmp_path, objective={"name": name, **arguments})
     values["encoder"]["name"] = ENCODERS.get(name, values["encoder"]["name"])
-    recipe = check_recipe(check(Recipe, values))
+    return values
+
+
+def build(name: str, images: Path, tmp_path: Path) -> tuple[Objective, dict[str, torch.Tensor]]:
+    """A tiny objective and a real batch from its own views."""
+    recipe = check_recipe(check(Recipe, recipe_of(name, images, tmp_path)))
     objective = build_objective(recipe)
     sets = open_sets(recipe.data)
     pixels = Pixels((0.5,) * 3, (0.5,) * 3)
@@ -147,3 +160,65 @@ def test_an_objective_alone_measures_but_does_not_train() -> None:
     assert objective({"image": torch.zeros(1, 3, 32, 32)}, call="encode").patches.shape == (1, 16, 48)
     with pytest.raises(ValueError, match="allowed: encode"):
         objective({"image": torch.zeros(1, 3, 32, 32)}, call="loss")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "no"])
+@pytest.mark.parametrize("name", NAMES)
+def test_pictures_of_one_colour_are_no_trouble(name: str, precision: str, images: Path, tmp_path: Path) -> None:
+    """B68: patches without variance give finite losses and gradients, losses in float32."""
+    objective, batch = build(name, images, tmp_path)
+    objective.train()
+    objective.before_step(Progress(0, 10, 0.0, 1.0, 0.0))
+    for key in ("image", "global_views", "local_views"):
+        if key in batch:
+            batch[key] = torch.full_like(batch[key], 0.7)
+    if "target_image" in batch:
+        batch["target_image"] = torch.full_like(batch["target_image"], 7)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        loss, metrics = objective(batch)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert loss.isfinite()
+    assert all(value.isfinite().all() for value in metrics.values())
+    for parameter_name, parameter in objective.named_parameters():
+        assert parameter.grad is None or parameter.grad.isfinite().all(), parameter_name
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize("name", NAMES)
+def test_grey_and_four_channels_from_training_to_export(name: str, channels: int, tmp_path: Path) -> None:
+    """B70: the number of channels reaches decoder, normalisation, pictures, probes and exports."""
+    import json
+
+    import numpy as np
+    import tifffile
+    import timm
+
+    from ssl_vit.run import run
+
+    generator = np.random.default_rng(0)
+    for c in range(3):
+        (tmp_path / "images" / f"class_{c}").mkdir(parents=True)
+        for i in range(8):
+            pixels = (60 * c + generator.integers(0, 100, (32, 32, channels))).astype(np.uint8)
+            file = tmp_path / "images" / f"class_{c}" / f"{i}.tif"
+            layout = "contig" if channels > 1 else None
+            tifffile.imwrite(file, pixels.squeeze(), photometric="minisblack", planarconfig=layout)
+    values = recipe_of(name, tmp_path / "images", tmp_path / "run")
+    values["encoder"]["in_chans"] = channels
+    values["objective"] |= COLOURS.get(name, {})
+    if name == "deit":
+        values["objective"]["teacher"] = tiny_teacher(tmp_path / "teacher", in_chans=channels)
+    if name == "beit":
+        values["objective"]["tokenizer"] = tokenizer_file(in_chans=channels)
+    values["evals"] = {"knn": {"k": [5]}, "linear": {}, "rank": {}}
+    values["evals"] |= {"pictures": {"count": 2}} if name in ("mae", "simmim") else {}
+    values["optim"] |= {"epochs": "2 steps", "warmup_epochs": 0, "batch_size": 8}
+    run(check_recipe(check(Recipe, values)))
+    folder = tmp_path / "run"
+    result = json.loads((folder / "result.json").read_text())
+    assert result["bad_samples"] == 0
+    assert result["export_difference"] <= 1e-5
+    model = timm.create_model(f"local-dir:{folder / 'encoder'}", pretrained=True)
+    assert model(torch.zeros(1, channels, 32, 32)).shape == (1, 48)
+    assert len(model.pretrained_cfg["mean"]) == channels

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ssl_vit import distributed
+from ssl_vit.config import InputError
 from ssl_vit.data.loader import EvalBatches, iterate
 from ssl_vit.data.views import CentreView
 
@@ -35,6 +36,9 @@ def outputs(subject: Subject, subset: Subset, forward: Callable[[dict[str, Tenso
 
     Returns:
         float32 (n, D) and labels int64 (n,) of the samples that decode.
+
+    Raises:
+        InputError: none does.
     """
     rank, size = distributed.rank(), distributed.world_size()
     view = CentreView(subject.img_size, subject.pixels.crop_pct, subject.pixels.interpolation)
@@ -42,7 +46,7 @@ def outputs(subject: Subject, subset: Subset, forward: Callable[[dict[str, Tenso
     batches = EvalBatches(subset.index, mine, view, subject.pixels, subject.batch_size)
     longest = -(-len(subset.samples) // size)
     calls = max(-(-longest // subject.batch_size), 1)
-    blank = _blank(subject)
+    blank, first_bad = _blank(subject), ""
     found: Tensor | None = None
     labels = torch.full((len(mine),), -1, device=subject.device)
     good = torch.zeros(len(mine), dtype=torch.bool, device=subject.device)
@@ -54,6 +58,7 @@ def outputs(subject: Subject, subset: Subset, forward: Callable[[dict[str, Tenso
         batch, reports = next(loader, ({}, []))
         if reports:
             subject.on_bad(reports)
+            first_bad = first_bad or f"; the first: {reports[0].name}: {reports[0].reason}"
         moved = subject.pixels.to_device(batch, subject.device) if batch else blank
         values = forward(moved).float()
         if found is None:
@@ -67,6 +72,8 @@ def outputs(subject: Subject, subset: Subset, forward: Callable[[dict[str, Tenso
     total = len(subset.samples)
     everything = distributed.gather_interleaved(found, total)
     kept = distributed.gather_interleaved(good.to(torch.uint8), total).bool()
+    if not kept.any():
+        raise InputError(f"evaluation: none of the {total} images decodes{first_bad}")
     return everything[kept], distributed.gather_interleaved(labels, total)[kept]
 
 
