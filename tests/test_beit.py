@@ -618,6 +618,7 @@ def test_two_processes_train_like_one(trained: Path, images: Path, tmp_path: Pat
 
 
 def test_without_a_tokenizer_the_message_says_what_to_put_where(images: Path, tmp_path: Path) -> None:
+    """B77."""
     done = run_python("pipelines/pretrain_beit.py", f"data.train=folder:{images}", f"run.dir={tmp_path / 'run'}")
     assert done.returncode == 2
     message = done.stderr.strip().splitlines()[-1]

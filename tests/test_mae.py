@@ -117,6 +117,7 @@ def test_published_sizes_on_the_meta_device(name: str, encoder_millions: int, de
 
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
 def test_pictures_paste_visible_patches_and_undo_the_normalisation(norm_pix_loss: bool) -> None:
+    """B71."""
     mae = tiny_mae(norm_pix_loss=norm_pix_loss)
     batch = make_batch(mae)
     patches = patchify(batch["image"], 8)
@@ -145,7 +146,7 @@ def test_the_loss_sees_masked_patches_only() -> None:
 
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
 def test_overfitting_shows_in_the_picture(norm_pix_loss: bool) -> None:
-    """Reconstructions look like the input, with and without normalised pixels."""
+    """B71: Reconstructions look like the input, with and without normalised pixels."""
     mae = tiny_mae(norm_pix_loss=norm_pix_loss, decoder_embed_dim=64, decoder_depth=2)
     image = torch.nn.functional.interpolate(torch.randn(2, 3, 4, 4), (32, 32), mode="bilinear")
     mask = torch.ones(2, 16, dtype=torch.bool)

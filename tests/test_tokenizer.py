@@ -608,6 +608,7 @@ def test_two_processes_train_like_one(images: Path, tmp_path: Path) -> None:
 def test_constant_pictures_raise_the_usage_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """B77."""
     for i in range(32):
         target = tmp_path / "images" / f"class_{i % 2}"
         target.mkdir(parents=True, exist_ok=True)

@@ -281,6 +281,7 @@ def test_learning_rate_of_the_published_recipe() -> None:
 
 @pytest.mark.parametrize(("micro", "ranks"), [(64, 1), (32, 2), (16, 2), (16, 1)])
 def test_accumulation_is_derived(micro: int, ranks: int) -> None:
+    """B81."""
     plan = Plan(OptimSection(batch_size=64, epochs=Duration(1, "epochs")), 640, micro, ranks)
     assert plan.accumulation * micro * ranks == 64
     assert plan.total_steps == 10

@@ -70,6 +70,7 @@ def test_official_file_fills_the_objective(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["encoder", "fine-tuned"])
 def test_the_objective_refuses_files_without_decoder(tmp_path: Path, kind: str) -> None:
+    """B73."""
     mae = make_mae(2)
     before = {name: tensor.clone() for name, tensor in mae.state_dict().items()}
     state = official(make_mae(1), whole=False)
@@ -203,6 +204,7 @@ def test_fixed_table_of_another_grid_is_computed_anew(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("size", [(96, 96), (64, 128), (32, 128)])
 def test_learned_table_is_resized(tmp_path: Path, changes: dict[str, Any], size: tuple[int, int]) -> None:
+    """B75."""
     source = make_encoder(1, img_size=64, pos_embed="learned", **changes)
     encoder = make_encoder(2, img_size=size, pos_embed="learned", **changes)
     torch.save(source.model.state_dict(), tmp_path / "file.pth")
