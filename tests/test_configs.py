@@ -30,6 +30,8 @@ from ssl_vit.run import run
 from ssl_vit.training.optim import absolute_lr
 
 PRETRAIN = sorted((ROOT / "configs" / "pretrain").glob("*.yaml"))
+FINETUNE = sorted((ROOT / "configs" / "finetune").glob("*.yaml"))
+TRAIN = PRETRAIN + FINETUNE
 MEASURE = sorted(f for f in (ROOT / "configs").rglob("*.yaml") if f.parent.name in ("linear_probe", "knn", "evaluate"))
 ENCODER_MILLIONS = {
     "mae_vit_base_patch16_in1k": 85.8,
@@ -78,10 +80,12 @@ def tiny_objective(values: dict[str, Any], folder: Path) -> dict[str, Any]:
 def checked(file: Path, **data: Any) -> Recipe:
     values = load([file], [])
     values["data"] = {**values["data"], "train": "builtin:digits-train", **data}
+    if "name" not in values["encoder"]:  # the file that is fine-tuned tells it
+        values["encoder"]["name"] = "vit_tiny_patch16_224"
     return check_recipe(check(Recipe, values))
 
 
-@pytest.mark.parametrize("file", PRETRAIN, ids=lambda f: f.stem)
+@pytest.mark.parametrize("file", TRAIN, ids=lambda f: f"{f.parent.name}/{f.stem}")
 def test_loads_and_round_trips(file: Path, tmp_path: Path) -> None:
     recipe = checked(file)
     (tmp_path / "again.yaml").write_text(to_yaml(recipe))
@@ -91,7 +95,7 @@ def test_loads_and_round_trips(file: Path, tmp_path: Path) -> None:
     assert build_evaluations(recipe.evals, labelled=True).keys() == recipe.evals.keys()
 
 
-@pytest.mark.parametrize("file", PRETRAIN, ids=lambda f: f.stem)
+@pytest.mark.parametrize("file", TRAIN, ids=lambda f: f"{f.parent.name}/{f.stem}")
 def test_builds_on_the_meta_device(file: Path, tmp_path: Path) -> None:
     recipe = checked(file)
     given_files(recipe)
@@ -112,11 +116,13 @@ def test_builds_on_the_meta_device(file: Path, tmp_path: Path) -> None:
         assert millions == pytest.approx(ENCODER_MILLIONS[file.stem], abs=0.2)
 
 
-@pytest.mark.parametrize("file", PRETRAIN, ids=lambda f: f.stem)
+@pytest.mark.parametrize("file", TRAIN, ids=lambda f: f"{f.parent.name}/{f.stem}")
 def test_takes_one_step_at_tiny_size(file: Path, images: Path, tmp_path: Path) -> None:
     values = load([file], [])
     tiny = tiny_recipe(images, tmp_path / "run", evals={})
     values["encoder"] |= {"img_size": 32, "in_chans": 3}
+    if "name" not in values["encoder"]:
+        values["encoder"] |= {"name": "vit_tiny_patch16_224", "patch_size": 8}
     if "patch_size" in values["encoder"]:
         values["encoder"] |= {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
     if "first_patch_size" in values["encoder"]:

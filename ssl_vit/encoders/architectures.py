@@ -103,6 +103,16 @@ def check_drop_path(rate: float) -> None:
         raise ValueError(f"drop_path_rate={rate}: allowed: 0 to below 1; nearest: 0.0")
 
 
+def check_fc_norm(fc_norm: bool, global_pool: str) -> None:
+    """A norm after the pooling is for the mean of patches.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if fc_norm and global_pool != "avg":
+        raise ValueError(f"fc_norm={fc_norm}: allowed with global_pool={global_pool!r}: false; or global_pool=avg")
+
+
 def height_width(img_size: int | tuple[int, int]) -> tuple[int, int]:
     """(H, W) of a size that may be one number for both."""
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size

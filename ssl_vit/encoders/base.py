@@ -22,6 +22,9 @@ FAMILIES = {
 }
 """Patterns of timm names and the class that builds them; the first that fits counts."""
 
+BEFORE_BLOCKS = ("patch_embed", "cls_token", "dist_token", "reg_token", "pos_embed", "norm_pre")
+"""First parts of the names of timm's parameters that work before the first block."""
+
 
 class Tokens(NamedTuple):
     """The output of an encoder, final norm applied.
@@ -146,6 +149,25 @@ class Encoder(nn.Module):
     def timm_config(self) -> tuple[str, dict[str, Any]]:
         """Architecture and arguments with which ``timm.create_model`` alone builds ``self.model``."""
         raise NotImplementedError
+
+    @property
+    def num_layers(self) -> int:
+        """The number of the last layer: what comes after the blocks, and a classifier."""
+        return len(self.model.blocks) + 1
+
+    def layer_of(self, name: str) -> int:
+        """The layer of a parameter, for layer-wise learning rates (BEiT, arXiv 2106.08254, section A).
+
+        Args:
+            name: in this module, e.g. ``model.blocks.3.mlp.fc1.weight``.
+
+        Returns:
+            0: before the blocks; 1, 2 ...: a block; :attr:`num_layers`: after them.
+        """
+        part = name.removeprefix("model.").split(".")
+        if part[0] == "blocks":
+            return int(part[1]) + 1
+        return 0 if part[0] in BEFORE_BLOCKS else self.num_layers
 
     def no_weight_decay(self) -> set[str]:
         """Parameter names that the supervised recipes of this architecture do not decay."""

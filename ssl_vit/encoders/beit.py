@@ -13,6 +13,7 @@ from ssl_vit.encoders.architectures import (
     architecture_sizes,
     check_choice,
     check_drop_path,
+    check_fc_norm,
     check_img_size,
     check_sizes,
     default_heads,
@@ -46,6 +47,7 @@ class BEiT(Encoder):
         abs_pos: learned absolute positions
         layer_scale: initial factor of each residual branch; 0: none; default: the architecture's
         global_pool: feature of the image: token: the class token; avg: mean of the patches, both after the final norm
+        fc_norm: with global_pool=avg: the final norm comes after the mean, as BEiT fine-tunes; tokens stay without norm
         drop_path_rate: stochastic depth, rising linearly to this rate in the last block
         grad_checkpointing: compute activations again in the backward pass; slower, much less memory
 
@@ -67,6 +69,7 @@ class BEiT(Encoder):
         abs_pos: bool = False,
         layer_scale: float | None = None,
         global_pool: Literal["token", "avg"] = "avg",
+        fc_norm: bool = False,
         drop_path_rate: float = 0.0,
         grad_checkpointing: bool = False,
     ) -> None:
@@ -75,6 +78,7 @@ class BEiT(Encoder):
         check_sizes(patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
         check_choice("rel_pos", rel_pos, ("shared", "layer", "none"))
         check_choice("global_pool", global_pool, ("token", "avg"))
+        check_fc_norm(fc_norm, global_pool)
         check_drop_path(drop_path_rate)
         if layer_scale is not None and layer_scale < 0:
             raise ValueError(f"layer_scale={layer_scale}: allowed: 0 (none) or more, e.g. 0.1; nearest: 0.0")
@@ -86,7 +90,13 @@ class BEiT(Encoder):
         default = architecture_sizes(self.name)
         self._sizes = {key: default[key] if value is None else value for key, value in given.items()}
         self._rest = {"mlp_ratio": mlp_ratio, "rel_pos": rel_pos, "abs_pos": abs_pos, "layer_scale": layer_scale}
-        self._arguments = {"in_chans": in_chans, **self._sizes, **self._rest, "global_pool": global_pool}
+        self._arguments = {
+            "in_chans": in_chans,
+            **self._sizes,
+            **self._rest,
+            "global_pool": global_pool,
+            "fc_norm": fc_norm,
+        }
         self._build()
 
     def _build(self) -> None:
@@ -115,7 +125,7 @@ class BEiT(Encoder):
             "use_rel_pos_bias": self._rest["rel_pos"] == "layer",
             "use_shared_rel_pos_bias": self._rest["rel_pos"] == "shared",
             "global_pool": self.global_pool,
-            "use_fc_norm": False,
+            "use_fc_norm": self._arguments["fc_norm"],
             "num_classes": 0,
         }
 
@@ -193,7 +203,9 @@ class BEiT(Encoder):
 
     def pool(self, tokens: Tokens) -> Tensor:
         """The feature of an image, (B, D), as timm's own forward gives it."""
-        return tokens.prefix[:, 0] if self.global_pool == "token" else tokens.patches.mean(dim=1)
+        if self.global_pool == "token":
+            return tokens.prefix[:, 0]
+        return self.model.fc_norm(super().pool(tokens)) if self._arguments["fc_norm"] else super().pool(tokens)
 
     def fitted(
         self, state: dict[str, Tensor], grid: tuple[int, int] | None, where: str

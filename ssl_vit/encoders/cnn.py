@@ -80,6 +80,22 @@ class CNN(Encoder):
         given = {key: value for key, value in self._arguments.items() if value is not None}
         return self.name, {**given, "num_classes": 0}
 
+    @property
+    def num_layers(self) -> int:
+        """The number of the last layer: a classifier."""
+        return sum(len(stage) for stage in self._stages()) + 1
+
+    def layer_of(self, name: str) -> int:
+        """The layer of a parameter: blocks counted over all stages."""
+        part = name.removeprefix("model.").split(".")
+        if not part[0].startswith("layer"):
+            return 0
+        stage = int(part[0].removeprefix("layer")) - 1
+        return sum(len(other) for other in self._stages()[:stage]) + int(part[1]) + 1
+
+    def _stages(self) -> list[Any]:
+        return [self.model.layer1, self.model.layer2, self.model.layer3, self.model.layer4]
+
     def forward(self, image: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None) -> Tokens:
         """Encode an image.
 

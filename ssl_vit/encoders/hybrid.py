@@ -32,6 +32,7 @@ class Hybrid(ViT):
             column part; none: zeros
         class_token: put a class token in front
         global_pool: feature of the image: token: the class token; avg: mean of the patches, both after the final norm
+        fc_norm: with global_pool=avg: the final norm comes after the mean, as MAE fine-tunes; tokens stay without norm
         drop_path_rate: stochastic depth, rising linearly to this rate in the last block
         grad_checkpointing: compute the blocks' activations again in the backward pass; slower, much less memory
 
@@ -52,12 +53,13 @@ class Hybrid(ViT):
         pos_embed: Literal["sincos2d", "learned", "learned2d", "none"] = "learned",
         class_token: bool = True,
         global_pool: Literal["token", "avg"] = "token",
+        fc_norm: bool = False,
         drop_path_rate: float = 0.0,
         grad_checkpointing: bool = False,
     ) -> None:
         super().__init__(
             name, img_size, feature_patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, pos_embed,
-            class_token, global_pool, drop_path_rate, grad_checkpointing,
+            class_token, global_pool, fc_norm, drop_path_rate, grad_checkpointing,
         )  # fmt: skip
 
     @staticmethod

@@ -84,6 +84,19 @@ class Swin(Encoder):
         sizes["patch_size"] = sizes.pop("first_patch_size")
         return self.name, {**sizes, "img_size": self.img_size, "num_classes": 0}
 
+    @property
+    def num_layers(self) -> int:
+        """The number of the last layer: the final norm, and a classifier."""
+        return sum(self._arguments["depths"]) + 1
+
+    def layer_of(self, name: str) -> int:
+        """The layer of a parameter: blocks counted over all stages, a merging of patches with the block before it."""
+        part = name.removeprefix("model.").split(".")
+        if part[0] != "layers":
+            return 0 if part[0] == "patch_embed" else self.num_layers
+        before = sum(self._arguments["depths"][: int(part[1])])
+        return before + int(part[3]) + 1 if part[2] == "blocks" else before
+
     def forward(self, image: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None) -> Tokens:
         """Encode an image; masked first patches are replaced by the mask token.
 

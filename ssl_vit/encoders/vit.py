@@ -15,6 +15,7 @@ from ssl_vit.encoders.architectures import (
     architecture_sizes,
     check_choice,
     check_drop_path,
+    check_fc_norm,
     check_img_size,
     check_sizes,
     default_heads,
@@ -46,6 +47,7 @@ class ViT(Encoder):
         class_token: put a class token in front
         global_pool: feature of the image: token: the class token (with a distillation token, the mean of both); avg:
             mean of the patches, both after the final norm
+        fc_norm: with global_pool=avg: the final norm comes after the mean, as MAE fine-tunes; tokens stay without norm
         drop_path_rate: stochastic depth, rising linearly to this rate in the last block
         grad_checkpointing: compute activations again in the backward pass; slower, much less memory
 
@@ -68,6 +70,7 @@ class ViT(Encoder):
         pos_embed: Literal["sincos2d", "learned", "learned2d", "none"] = "sincos2d",
         class_token: bool = True,
         global_pool: Literal["token", "avg"] = "token",
+        fc_norm: bool = False,
         drop_path_rate: float = 0.0,
         grad_checkpointing: bool = False,
     ) -> None:
@@ -78,6 +81,7 @@ class ViT(Encoder):
         check_choice("global_pool", global_pool, ("token", "avg"))
         if global_pool == "token" and not class_token:
             raise ValueError("global_pool='token': needs class_token=true; allowed without a class token: avg")
+        check_fc_norm(fc_norm, global_pool)
         if "_distilled_" in self.name and (global_pool != "token" or not class_token):
             raise ValueError(
                 f"global_pool={global_pool!r}, class_token={class_token}: allowed with {self.name}: 'token' and true"
@@ -91,6 +95,7 @@ class ViT(Encoder):
             "mlp_ratio": mlp_ratio,
             "class_token": class_token,
             "global_pool": global_pool,
+            "fc_norm": fc_norm,
         }
         self.pos_embed, self.global_pool, self.drop_path_rate = pos_embed, global_pool, drop_path_rate
         self.grad_checkpointing = grad_checkpointing
@@ -163,7 +168,7 @@ class ViT(Encoder):
     def timm_config(self) -> tuple[str, dict[str, Any]]:
         """Architecture and arguments with which ``timm.create_model`` alone builds ``self.model``."""
         given = {key: value for key, value in self._arguments.items() if value is not None}
-        return self.name, {**given, "img_size": self.img_size, "num_classes": 0, "fc_norm": False}
+        return self.name, {**given, "img_size": self.img_size, "num_classes": 0}
 
     def forward(self, image: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None) -> Tokens:
         """Encode an image; masked patches are replaced by the mask token before the positions are added.
@@ -201,7 +206,7 @@ class ViT(Encoder):
     def pool(self, tokens: Tokens) -> Tensor:
         """The feature of an image, (B, D), as timm's own forward gives it."""
         if self.global_pool == "avg":
-            return super().pool(tokens)
+            return self.model.fc_norm(super().pool(tokens))
         return tokens.prefix.mean(dim=1) if hasattr(self.model, "dist_token") else tokens.prefix[:, 0]
 
     def take_any_size(self) -> None:

@@ -65,6 +65,10 @@ def fill_encoder(encoder: Encoder, path: str | Path) -> LoadReport:
     if "norm.weight" in own and "norm.weight" not in state and "fc_norm.weight" in state:
         state = {name.replace("fc_norm.", "norm."): tensor for name, tensor in state.items()}
         notes.append("fc_norm used as the final norm (here before the pooling)")
+    fresh = {name: tensor for name, tensor in own.items() if name.startswith("fc_norm.") and name not in state}
+    if fresh:
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("norm.")} | fresh
+        notes.append("norm left out: fc_norm, behind the pooling, starts anew")
     _compare_names(state, own, where)
     if "pos_embed" in own:
         state["pos_embed"], note = _fit_positions(encoder, state["pos_embed"], _stored_grid(path), where)
@@ -73,7 +77,7 @@ def fill_encoder(encoder: Encoder, path: str | Path) -> LoadReport:
         notes += [note] if note else []
     _compare_shapes(state, own, where)
     encoder.model.load_state_dict(state)
-    return LoadReport(str(find_weights(path)), len(own), len(own), ignored, tuple(notes))
+    return LoadReport(str(find_weights(path)), len(own) - len(fresh), len(own), ignored, tuple(notes))
 
 
 def fill_objective(objective: nn.Module, path: str | Path) -> LoadReport:

@@ -29,6 +29,8 @@ class Classification(Objective):
         representation: a linear layer and tanh before the classifier (AugReg)
         head_std: standard deviation of the classifier's initial weights; 0: zeros
         head_bias: the classifier's initial biases
+        tune_blocks: train the last so many blocks of the encoder and what comes after them; 0: the classifier and the
+            final norm alone; default: all of it
         ema_decay: of the moving average of all weights; null: none
         mix: Mixup and CutMix
         augment: what happens to each image
@@ -48,6 +50,7 @@ class Classification(Objective):
         representation: bool = False,
         head_std: float = 0.02,
         head_bias: float = 0.0,
+        tune_blocks: int | None = None,
         ema_decay: float | None = None,
         mix: MixSection = MixSection(),  # noqa: B008
         augment: AugmentSection = AugmentSection(),  # noqa: B008
@@ -67,6 +70,7 @@ class Classification(Objective):
         self.head: nn.Module = classifier(width, num_classes, head_std, head_bias)
         if representation:
             self.head = nn.Sequential(nn.Linear(width, width), nn.Tanh(), self.head)
+        self._keep_last(tune_blocks)
         if has_batch_norm(encoder):
             self.level_c = (*self.level_c, "encoder.name")
         self.ema_decay = ema_decay
@@ -76,6 +80,22 @@ class Classification(Objective):
             for part in (self.encoder, self.head):
                 self.freeze(part)
             self.after_step = self._average  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _keep_last(self, blocks: int | None) -> None:
+        """Freeze all of the encoder but its last ``blocks`` blocks and what comes after them."""
+        encoder = self.encoder
+        if blocks is None:
+            return
+        if not 0 <= blocks < encoder.num_layers:
+            raise ValueError(f"tune_blocks={blocks}: allowed: 0 to {encoder.num_layers - 1}, or null for all")
+        frozen = {n for n, _ in encoder.named_parameters() if encoder.layer_of(n) < encoder.num_layers - blocks}
+        for name, parameter in encoder.named_parameters():
+            if name in frozen:
+                parameter.requires_grad_(False)
+        for name, module in encoder.named_modules():  # no drop path nor batch statistics in what does not learn
+            own = {f"{name}.{n}" for n, _ in module.named_parameters()}
+            if own and own <= frozen:
+                self.freeze(module)
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss against soft targets.

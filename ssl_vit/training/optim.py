@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from ssl_vit.config import Duration, DurationField, Section
+from ssl_vit.encoders.base import Encoder
 from ssl_vit.training.schedules import warmup_cosine
 
 
@@ -31,6 +32,8 @@ class OptimSection(Section):
         gamma: factor of the multistep schedule at each milestone
         weight_decay: not applied to biases and other one-dimensional parameters
         weight_decay_end: weight decay at the end, reached per step on half a cosine; null: constant
+        layer_decay: each layer of the encoder learns with this factor of the layer above it, a classifier with the
+            whole learning rate; null: all alike
         betas: AdamW's; SGD uses the first as momentum
         eps: AdamW's
         clip_grad: largest norm of the gradients; null: no clipping
@@ -51,6 +54,7 @@ class OptimSection(Section):
     gamma: float = Field(default=0.1, gt=0)
     weight_decay: float = Field(default=0.05, ge=0)
     weight_decay_end: float | None = Field(default=None, ge=0)
+    layer_decay: float | None = Field(default=None, gt=0, le=1)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
     clip_grad: float | None = Field(default=None, gt=0)
@@ -84,28 +88,45 @@ def is_decayed(name: str, parameter: nn.Parameter, exempt: frozenset[str] | set[
     return parameter.ndim > 1 and not name.endswith(".bias") and name not in exempt
 
 
-def parameter_groups(objective: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups of the trainable parameters, ``decayed`` and not; each lists its ``names`` in the module's order."""
+def layer_of(objective: nn.Module, name: str) -> tuple[int, int]:
+    """The layer of an objective's parameter and the number of the last: heads are there, a student is its encoder."""
+    encoder = objective.encoder
+    assert isinstance(encoder, Encoder)
+    part, _, rest = name.partition(".")
+    return (encoder.layer_of(rest) if part in ("encoder", "student") else encoder.num_layers), encoder.num_layers
+
+
+def parameter_groups(objective: nn.Module, weight_decay: float, layer_decay: float | None = None) -> list[dict]:
+    """Groups of the trainable parameters: decayed and not, and by layer where ``layer_decay`` tells them apart.
+
+    Each lists its ``names`` in the module's order. A layer that lies k below the last has ``lr_scale`` =
+    ``layer_decay ** k`` (BEiT, arXiv 2106.08254, section A; MAE's and SimMIM's fine-tuning).
+    """
     exempt = objective.no_weight_decay()  # pyright: ignore[reportCallIssue]
-    trainable = [(name, p) for name, p in objective.named_parameters() if p.requires_grad]
-    groups = []
-    for decayed in (True, False):
-        chosen = [(name, p) for name, p in trainable if is_decayed(name, p, exempt) is decayed]
-        if chosen:
-            groups.append(
-                {
-                    "params": [p for _, p in chosen],
-                    "names": [name for name, _ in chosen],
-                    "weight_decay": weight_decay if decayed else 0.0,
-                    "decayed": decayed,
-                }
-            )
-    return groups
+    groups: dict[tuple[bool, float], dict] = {}
+    for name, parameter in objective.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        scale = 1.0
+        if layer_decay is not None:
+            layer, last = layer_of(objective, name)
+            scale = layer_decay ** (last - layer)
+        decayed = is_decayed(name, parameter, exempt)
+        group = groups.setdefault(
+            (not decayed, -scale),
+            {
+                "params": [], "names": [], "weight_decay": weight_decay if decayed else 0.0, "decayed": decayed,
+                "lr_scale": scale,
+            },
+        )  # fmt: skip
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return [groups[key] for key in sorted(groups)]
 
 
 def build_optimizer(objective: nn.Module, optim: OptimSection) -> torch.optim.Optimizer:
     """AdamW (fused) or SGD over :func:`parameter_groups`, at the peak learning rate."""
-    groups = parameter_groups(objective, optim.weight_decay)
+    groups = parameter_groups(objective, optim.weight_decay, optim.layer_decay)
     if not groups:
         raise ValueError("the objective has no trainable parameters")
     if optim.name == "sgd":
