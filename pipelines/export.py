@@ -1,8 +1,10 @@
-"""Export the encoder of a run, or of any checkpoint of any strategy, without the GPUs it was trained on.
+"""Export a run, or any checkpoint of any strategy, without the GPUs it was trained on.
 
-Command:   python pipelines/export.py RUN OUT [format=timm|state_dict]
+Command:   python pipelines/export.py RUN OUT [format=timm|transformers|state_dict|vit_mae|official]
            python pipelines/export.py RUN/checkpoints/step_00001234 OUT
-Expected:  OUT, a folder that timm loads (its features compared before it gets its name), or one safetensors file.
+Expected:  OUT: the encoder as a folder for timm, or of transformers' own ViTModel, DeiTModel, BeitModel or SwinModel; a
+           whole MAE as ViTMAEForPreTraining; or one safetensors file. Folders are loaded and compared (1e-5 of the largest
+           value) before they get their name.
 """
 
 from ssl_vit.export.command import export_main

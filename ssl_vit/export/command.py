@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -13,17 +13,25 @@ from ssl_vit.data.commands import command
 from ssl_vit.data.formats import say
 from ssl_vit.data.loader import IMAGENET_MEAN, IMAGENET_STD
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ssl_vit.encoders.base import Encoder
+
 
 class ExportOptions(Section):
     """The settings of exporting."""
 
-    format: Literal["timm", "state_dict"] = Field(
-        "timm", description="timm: a folder for timm and transformers; state_dict: safetensors under timm's names"
+    format: Literal["timm", "transformers", "state_dict", "vit_mae", "official"] = Field(
+        "timm",
+        description="timm: a folder for timm and transformers' wrapper of it; transformers: a folder of its own class; "
+        "state_dict: safetensors under timm's names; vit_mae: a whole MAE as ViTMAEForPreTraining; official: a whole MAE "
+        "or BEiT as safetensors under the names of its release",
     )
 
 
 def export(source: Path, out: Path, options: ExportOptions) -> None:
-    """Write the encoder of a run, a checkpoint of any strategy, or an export.
+    """Write the encoder of a run, a checkpoint of any strategy, or an export; or all that a run trained.
 
     Args:
         source: what ``encoder.init`` takes, with its architecture stated beside the weights.
@@ -31,33 +39,99 @@ def export(source: Path, out: Path, options: ExportOptions) -> None:
         options: the format.
 
     Raises:
-        InputError: the source cannot be read, its weights are empty or not finite, or ``out`` is in the way.
+        InputError: the source cannot be read, its weights are empty or not finite, the format has no place for it, or
+            ``out`` is in the way.
     """
     from ssl_vit.encoders.base import create_encoder
     from ssl_vit.encoders.weights import encoder_config, fill_encoder
-    from ssl_vit.export.timm_folder import export_timm
 
     if out.exists():
         raise InputError(f"{out}: is there already; give another name, or delete it first")
     config = encoder_config(source)
     data = config.pop("data", {})
     encoder = create_encoder(**config).eval()
-    say(str(fill_encoder(encoder, source)))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if options.format == "state_dict":
-        from safetensors.torch import save_file
-
-        save_file({name: tensor.contiguous() for name, tensor in encoder.model.state_dict().items()}, out)
-        say(f"{out}: {sum(t.numel() for t in encoder.model.state_dict().values()):,} numbers under timm's names")
-        return
     usual = (IMAGENET_MEAN, IMAGENET_STD) if encoder.in_chans == 3 else ((0.5,) * encoder.in_chans,) * 2
-    difference = export_timm(
-        encoder, out, mean=data.get("mean") or usual[0], std=data.get("std") or usual[1],
-        crop_pct=data.get("crop_pct") or 0.875, interpolation=data.get("interpolation") or "bicubic",
-        metadata={"source": source.name},
-    )  # fmt: skip
-    say(f"{out}: reloaded in timm, features differ by at most {difference:.1e}")
-    say(f"load it with:\n  import timm\n  encoder = timm.create_model('local-dir:{out.resolve()}', pretrained=True)")
+    data = {
+        "mean": data.get("mean") or usual[0],
+        "std": data.get("std") or usual[1],
+        "crop_pct": data.get("crop_pct") or 0.875,
+        "interpolation": data.get("interpolation") or "bicubic",
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if options.format in ("vit_mae", "official"):
+            return _whole(source, out, options.format, encoder, data)
+        say(str(fill_encoder(encoder, source)))
+        _encoder(source, out, options.format, encoder, data)
+    except ValueError as error:
+        raise InputError(f"{source}: {error}") from None
+
+
+def _encoder(source: Path, out: Path, kind: str, encoder: Encoder, data: dict[str, Any]) -> None:
+    if kind == "state_dict":
+        _save(encoder.model.state_dict(), out)
+        say(f"{out}: {sum(t.numel() for t in encoder.model.state_dict().values()):,} numbers under timm's names")
+    elif kind == "transformers":
+        from ssl_vit.export.transformers_folder import export_transformers
+
+        difference = export_transformers(encoder, out, data)
+        say(f"{out}: reloaded in transformers, tokens differ by at most {difference:.1e}")
+        _how_to_load(f"from transformers import AutoModel\nencoder = AutoModel.from_pretrained('{out.resolve()}')")
+    else:
+        from ssl_vit.export.timm_folder import export_timm
+
+        difference = export_timm(encoder, out, **data, metadata={"source": source.name})
+        say(f"{out}: reloaded in timm, features differ by at most {difference:.1e}")
+        _how_to_load(f"import timm\nencoder = timm.create_model('local-dir:{out.resolve()}', pretrained=True)")
+
+
+def _whole(source: Path, out: Path, kind: str, encoder: Encoder, data: dict[str, Any]) -> None:
+    """All that a run trained, its decoder or head included."""
+    from ssl_vit.encoders.files import load_state
+
+    section = _objective_section(source)
+    name = section.pop("name", None)
+    allowed = ("mae",) if kind == "vit_mae" else ("mae", "beit")
+    if name not in allowed:
+        raise InputError(f"{source}: format={kind}: objective.name={name!r}; allowed: runs of {', '.join(allowed)}")
+    if kind == "official":
+        state = {n.removeprefix("encoder.model."): tensor for n, tensor in load_state(source, whole=True).items()}
+        state = {n.replace("head.", "lm_head.", 1) if n.startswith("head.") else n: t for n, t in state.items()}
+        state = {n: tensor for n, tensor in state.items() if not n.startswith("tokenizer.")}
+        _save(state, out)
+        say(f"{out}: {sum(t.numel() for t in state.values()):,} numbers under the names of the release of {name}")
+        return
+    from ssl_vit.encoders.weights import fill_objective
+    from ssl_vit.export.transformers_folder import export_mae
+    from ssl_vit.objectives.mae import MAE
+
+    mae = MAE(encoder, **{key: value for key, value in section.items() if key != "init"})
+    say(str(fill_objective(mae, source)))
+    difference = export_mae(mae, out, data)
+    say(f"{out}: reloaded in transformers, the loss differs by {difference:.1e}")
+    path = out.resolve()
+    _how_to_load(f"from transformers import ViTMAEForPreTraining\nmae = ViTMAEForPreTraining.from_pretrained('{path}')")
+
+
+def _how_to_load(lines: str) -> None:
+    say("\n  ".join(["load it with:", *lines.splitlines()]))
+
+
+def _objective_section(source: Path) -> dict[str, Any]:
+    """``objective`` of the recipe of a run, found from the run or one of its checkpoints."""
+    from omegaconf import OmegaConf
+
+    for folder in (source, *source.resolve().parents[:2]):
+        if (folder / "recipe.yaml").is_file():
+            recipe: Any = OmegaConf.to_container(OmegaConf.load(folder / "recipe.yaml"))
+            return dict(recipe.get("objective") or {})
+    raise InputError(f"{source}: no recipe.yaml tells what was trained; give a run, or RUN/checkpoints/step_XXXXXXXX")
+
+
+def _save(state: Mapping[str, Tensor], out: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, out)
 
 
 def export_main(argv: Sequence[str] | None = None) -> None:

@@ -71,7 +71,7 @@ def export_timm(
                 f"{folder}: not exported, its features in timm differ by {difference:.1e} from the encoder's "
                 f"(relative; allowed: {TOLERANCE:.0e})"
             )
-        _replace(temporary, folder)
+        replace_folder(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return difference
@@ -84,7 +84,7 @@ def _write(encoder: Encoder, folder: Path, data: dict[str, Any], facts: dict[str
     folder.mkdir(parents=True)
     architecture, arguments = encoder.timm_config()
     model = timm.create_model(architecture, **arguments)
-    model.load_state_dict(_whole_state(encoder.model))
+    model.load_state_dict(whole_state(encoder.model))
     data_config = {**data, "mean": tuple(data["mean"]), "std": tuple(data["std"])}
     size = (encoder.in_chans, *encoder.img_size)
     save_for_hf(
@@ -105,7 +105,12 @@ def _write(encoder: Encoder, folder: Path, data: dict[str, Any], facts: dict[str
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _whole_state(model: nn.Module) -> dict[str, Tensor]:
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """A model's tensors on the CPU, in float32.
+
+    Raises:
+        ValueError: one is empty or not finite.
+    """
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     empty, broken = unusable(state)
@@ -132,7 +137,7 @@ def _difference(encoder: Encoder, folder: Path) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-def _replace(source: Path, target: Path) -> None:
+def replace_folder(source: Path, target: Path) -> None:
     """Rename a folder onto another; the old one is out of the way only for the moment between two renames."""
     old = target.with_name(f".{target.name}.old.{os.getpid()}")
     shutil.rmtree(old, ignore_errors=True)
