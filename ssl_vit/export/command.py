@@ -25,8 +25,8 @@ class ExportOptions(Section):
     format: Literal["timm", "transformers", "state_dict", "vit_mae", "official"] = Field(
         "timm",
         description="timm: a folder for timm and transformers' wrapper of it; transformers: a folder of its own class; "
-        "state_dict: safetensors under timm's names; vit_mae: a whole MAE as ViTMAEForPreTraining; official: a whole MAE "
-        "or BEiT as safetensors under the names of its release",
+        "state_dict: safetensors under timm's names; vit_mae: a whole MAE as ViTMAEForPreTraining; official: a whole "
+        "MAE or BEiT as safetensors under the names of its release",
     )
 
 
@@ -76,7 +76,8 @@ def _encoder(source: Path, out: Path, kind: str, encoder: Encoder, data: dict[st
 
         difference = export_transformers(encoder, out, data)
         say(f"{out}: reloaded in transformers, tokens differ by at most {difference:.1e}")
-        _how_to_load(f"from transformers import AutoModel\nencoder = AutoModel.from_pretrained('{out.resolve()}')")
+        words = f"'{out.resolve()}', add_pooling_layer=False"
+        _how_to_load(f"from transformers import AutoModel\nencoder = AutoModel.from_pretrained({words})")
     else:
         from ssl_vit.export.timm_folder import export_timm
 
