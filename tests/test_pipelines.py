@@ -215,7 +215,7 @@ def test_unlabelled_folder_gets_label_free_measures(images: Path, tmp_path: Path
 def readme_commands() -> list[str]:
     """Every command in the code blocks of the documents."""
     found = []
-    for name in ("README.md", "CONTRIBUTING.md", "BENCHMARKS.md", "docs/clusters.md"):
+    for name in ("README.md", "CONTRIBUTING.md", "BENCHMARKS.md", "docs/clusters.md", "docs/objectives.md"):
         text = (ROOT / name).read_text(encoding="utf-8")
         for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
             found += [line.split("#")[0].strip() for line in block.replace("\\\n", " ").splitlines() if line.strip()]

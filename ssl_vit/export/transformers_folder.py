@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ssl_vit.config import InputError
 from ssl_vit.encoders.base import Encoder
+from ssl_vit.encoders.vit import ViT
 from ssl_vit.export.timm_folder import TOLERANCE, replace_folder, whole_state
 from ssl_vit.export.transformers_names import BUFFERS, transformers_names
 from ssl_vit.objectives.mae import MAE
@@ -46,7 +47,7 @@ def export_transformers(encoder: Encoder, folder: Path, data: dict[str, Any]) ->
         )
     cls, config, arguments = makers[family](encoder)
     state = whole_state(encoder.model)
-    if hasattr(encoder, "positions"):  # as they are added: rows and columns joined, prefix tokens with a position
+    if isinstance(encoder, ViT):  # as they are added: rows and columns joined, prefix tokens with a position
         table: Tensor = encoder.positions().detach().cpu().float()
         missing = encoder.num_prefix_tokens + math.prod(encoder.grid_size) - table.shape[1]
         state["pos_embed"] = torch.nn.functional.pad(table, (0, 0, missing, 0))
@@ -69,12 +70,12 @@ def export_mae(mae: MAE, folder: Path, data: dict[str, Any]) -> float:
     """
     encoder = mae.encoder
     arguments = _vit(encoder)[2]
-    blocks, first = mae.decoder_blocks, mae.decoder_blocks[0]
+    blocks: Any = mae.decoder_blocks
     arguments |= {
         "decoder_hidden_size": mae.decoder_embed.out_features,
         "decoder_num_hidden_layers": len(blocks),
-        "decoder_num_attention_heads": first.attn.num_heads,
-        "decoder_intermediate_size": first.mlp.fc1.out_features,
+        "decoder_num_attention_heads": blocks[0].attn.num_heads,
+        "decoder_intermediate_size": blocks[0].mlp.fc1.out_features,
         "mask_ratio": mae.mask_ratio,
         "norm_pix_loss": mae.norm_pix_loss,
     }
