@@ -1,6 +1,6 @@
 """Export a run, or any checkpoint of any strategy, without the GPUs it was trained on.
 
-Command:   python pipelines/export.py RUN OUT [format=timm|transformers|state_dict|vit_mae|official]
+Command:   python pipelines/export.py RUN OUT [format=timm|transformers|onnx|state_dict|vit_mae|official]
            python pipelines/export.py RUN/checkpoints/step_00001234 OUT
 Expected:  OUT: the encoder as a folder for timm, or of transformers' own ViTModel, DeiTModel, BeitModel or SwinModel; a
            whole MAE as ViTMAEForPreTraining; or one safetensors file. Folders are loaded and compared (1e-5 of the

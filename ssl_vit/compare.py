@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, BinaryIO
 
 from omegaconf import OmegaConf
 from pydantic import Field
@@ -117,7 +117,7 @@ def table(records: Sequence[Record], measures: Sequence[str]) -> str:
     return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) + " |" for r in rows)
 
 
-def figure(records: Sequence[Record], measures: Sequence[str], file: Path) -> None:
+def figure(records: Sequence[Record], measures: Sequence[str], file: Path | BinaryIO) -> None:
     """Every measure and the losses over the images seen, one panel each, as a PNG."""
     from matplotlib.figure import Figure
 
@@ -137,7 +137,7 @@ def figure(records: Sequence[Record], measures: Sequence[str], file: Path) -> No
     handles, labels = picture.axes[-1].get_legend_handles_labels()
     if handles:
         picture.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), fontsize=8)
-    picture.savefig(file, dpi=150)
+    picture.savefig(file, dpi=150, format="png")
 
 
 def compare(paths: Sequence[Path], options: CompareOptions) -> None:

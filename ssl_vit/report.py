@@ -9,6 +9,7 @@ from ssl_vit.config import to_yaml
 from ssl_vit.data.loader import Pixels
 from ssl_vit.export.card import write_card
 from ssl_vit.export.timm_folder import export_timm
+from ssl_vit.html_report import write_report
 from ssl_vit.objectives.base import Objective
 from ssl_vit.recipe import Recipe
 from ssl_vit.training.metrics import read_metrics
@@ -38,6 +39,7 @@ def finish(
     folder.write_json("result.json", result)
     write_card(folder.path, card_facts(recipe, folder, plan, result, pixels))
     folder.status("finished", plan.total_steps, exit_code=0)
+    write_report(folder.path)
     report(folder)
 
 
@@ -70,6 +72,8 @@ def report(folder: RunFolder) -> None:
             error = final.get(name.replace("/top1", "/standard_error")) if name.endswith("/top1") else None
             before = f"{initial[name]:.4f} -> " if name in initial else ""
             logger.info("%-20s %s%.4f%s", name, before, value, f"  (standard error {error:.4f})" if error else "")
+    if (folder.path / "report.html").is_file():
+        logger.info("report: %s", folder.path / "report.html")
     if (folder.path / "pictures").is_dir():
         logger.info("pictures: %s", folder.path / "pictures")
     if "tokenizer" in result:

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     {"config", "distributed"}, {"data", "encoders"}, {"modules"}, {"objectives"}, {"evaluation"}, {"training"},
-    {"export"}, {"recipe"}, {"build"}, {"report", "compare"}, {"run"}, {"cli"}, {"preflight"},
+    {"export"}, {"recipe"}, {"build"}, {"compare"}, {"html_report"}, {"report"}, {"run"}, {"cli"}, {"preflight"},
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = sorted((ROOT / "ssl_vit").rglob("*.py"))

@@ -13,7 +13,7 @@ from conftest import ROOT, run_python, tiny_recipe
 from ssl_vit.config import to_yaml
 
 PIPELINES = sorted((ROOT / "pipelines").glob("*.py"))
-DOORS = [file for file in PIPELINES if file.stem not in ("pack", "index", "verify", "export", "compare")]
+DOORS = [file for file in PIPELINES if file.stem not in ("pack", "index", "verify", "export", "compare", "report")]
 TINY_WORDS = [
     "encoder.img_size=32", "encoder.patch_size=8", "encoder.embed_dim=48", "encoder.depth=2", "encoder.num_heads=3",
     "objective.decoder_embed_dim=32", "objective.decoder_depth=1", "objective.decoder_num_heads=2",
@@ -30,7 +30,7 @@ def status(folder: Path) -> dict[str, Any]:
 def test_help_lists_every_key(file: Path) -> None:
     done = run_python(str(file), "--help")
     assert done.returncode == 0, done.stderr
-    assert "default" in done.stdout
+    assert "default" in done.stdout or file.stem == "report"
     if file in DOORS:
         for key in ("data.val  (", "run.dir  (", "evals.knn.temperature  (float; default 0.07)", "encoder.img_size  ("):
             assert key in done.stdout

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssl_vit.data.loader import EvalBatches
 from ssl_vit.data.order import derive_seed
@@ -31,22 +34,37 @@ class Pictures(Evaluation):
 
     @torch.no_grad()
     def __call__(self, subject: Subject) -> dict[str, float]:
-        """Saves ``pictures/step_XXXXXXXX.png``; no numbers."""
-        subset = subject.images
-        spread = np.arange(min(self.count, len(subset.samples))) * len(subset.samples) // self.count
-        view = CentreView(subject.img_size, subject.pixels.crop_pct, subject.pixels.interpolation)
-        batch, _ = EvalBatches(subset.index, subset.samples[spread], view, subject.pixels, self.count)[0]
+        """Saves ``pictures/pictures_XXXXXXXX.png``; no numbers."""
+        batch = fixed_images(subject, self.count)
         if not batch:
             return {}
         seed_generators(derive_seed(subject.seed, PICTURE_SEED))
-        was_training = subject.objective.training
-        subject.objective.eval()
-        drawn = subject.objective(subject.pixels.to_device(batch, subject.device), call="pictures")
-        subject.objective.train(was_training)
+        with in_eval_mode(subject.objective):
+            drawn = subject.objective(batch, call="pictures")
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (subject.pixels.mean, subject.pixels.std))
         columns = [to_rgb(images.cpu().float() * std + mean) for images in drawn.values()]
         subject.picture("pictures", sheet(columns))
         return {}
+
+
+def fixed_images(subject: Subject, count: int) -> dict[str, Tensor]:
+    """A normalised batch of at most ``count`` images at even distances, on the device; empty if none decodes."""
+    subset = subject.images
+    spread = np.arange(min(count, len(subset.samples))) * len(subset.samples) // count
+    view = CentreView(subject.img_size, subject.pixels.crop_pct, subject.pixels.interpolation)
+    batch, _ = EvalBatches(subset.index, subset.samples[spread], view, subject.pixels, count)[0]
+    return subject.pixels.to_device(batch, subject.device) if batch else {}
+
+
+@contextlib.contextmanager
+def in_eval_mode(objective: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while."""
+    was_training = objective.training
+    objective.eval()
+    try:
+        yield
+    finally:
+        objective.train(was_training)
 
 
 def to_rgb(images: Tensor) -> Tensor:

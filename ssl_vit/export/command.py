@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 class ExportOptions(Section):
     """The settings of exporting."""
 
-    format: Literal["timm", "transformers", "state_dict", "vit_mae", "official"] = Field(
+    format: Literal["timm", "transformers", "onnx", "state_dict", "vit_mae", "official"] = Field(
         "timm",
         description="timm: a folder for timm and transformers' wrapper of it; transformers: a folder of its own class; "
+        "onnx: a file with any batch size; "
         "state_dict: safetensors under timm's names; vit_mae: a whole MAE as ViTMAEForPreTraining; official: a whole "
         "MAE or BEiT as safetensors under the names of its release",
     )
@@ -71,6 +72,10 @@ def _encoder(source: Path, out: Path, kind: str, encoder: Encoder, data: dict[st
     if kind == "state_dict":
         _save(encoder.model.state_dict(), out)
         say(f"{out}: {sum(t.numel() for t in encoder.model.state_dict().values()):,} numbers under timm's names")
+    elif kind == "onnx":
+        from ssl_vit.export.onnx_file import export_onnx
+
+        say(f"{out}: run in onnxruntime, features and tokens differ by at most {export_onnx(encoder, out, data):.1e}")
     elif kind == "transformers":
         from ssl_vit.export.transformers_folder import export_transformers
 
