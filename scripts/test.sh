@@ -6,12 +6,18 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh dev
 export PATH="$PWD/.venv/bin:$PATH"
 
-marker=(-m "not slow and not gpu")
+marker="not slow and not gpu"
 if [ "${1:-}" = "--full" ]; then
-    marker=()
+    marker="not no_such_mark"
     shift
 fi
 ruff check .
 ruff format --check .
 basedpyright --warnings
-python -m pytest "${marker[@]}" "$@"
+if [ $# -gt 0 ]; then
+    python -m pytest -m "$marker" "$@"
+else
+    # two at a time, then alone those that start processes themselves
+    python -m pytest -n 2 --dist loadfile -m "($marker) and not processes"
+    python -m pytest -m "($marker) and processes"
+fi

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -25,6 +27,7 @@ def is_main() -> bool:
 def shutdown() -> None:
     """Leave the process group, if there is one: every way out of a run does, or its peers wait for nobody."""
     if dist.is_available() and dist.is_initialized():
+        gc.collect()  # what still holds the group would end its threads with the interpreter, which can abort it
         dist.destroy_process_group()
 
 

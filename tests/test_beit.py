@@ -603,6 +603,7 @@ def test_a_resumed_run_is_bit_for_bit_the_same(trained: Path, images: Path, tmp_
     assert again == straight[8:]
 
 
+@pytest.mark.processes
 def test_two_processes_train_like_one(trained: Path, images: Path, tmp_path: Path) -> None:
     values = recipe_of(images, tmp_path / "two")
     values["run"] |= {"micro_batch_size": 4}

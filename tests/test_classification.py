@@ -271,6 +271,7 @@ def test_a_run_learns_resumes_and_scores(images: Path, tmp_path: Path) -> None:
     assert [line["loss"] for line in again if "loss" in line] == [line["loss"] for line in whole if "loss" in line]
 
 
+@pytest.mark.processes
 def test_two_processes_train_and_score_like_one(images: Path, tmp_path: Path) -> None:
     """Level (b) without mixing, and every one of 71 images is scored once."""
     val = tmp_path / "val"

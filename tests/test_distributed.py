@@ -13,6 +13,8 @@ from ssl_vit.recipe import Recipe, check_recipe
 from ssl_vit.run import run
 from ssl_vit.training.metrics import read_metrics
 
+pytestmark = pytest.mark.processes
+
 
 def test_two_processes_train_and_judge_like_one(images: Path, tmp_path: Path) -> None:
     """Level (b): same global batches, float32; 72 validation images on two processes, each counted once."""

@@ -571,6 +571,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [line for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
 
 
+@pytest.mark.processes
 def test_two_processes_micro_batches_and_resumes_are_one_training(images: Path, tmp_path: Path) -> None:
     """Prototypes rest for the first 4.5 of 12 steps. Losses and centres to 1e-5; a resume at step 4 bit for bit."""
     values = ibot_recipe(images, tmp_path / "one")

@@ -21,6 +21,8 @@ from ssl_vit.config import to_yaml
 from ssl_vit.training.checkpoint import Checkpoints, read_checkpoint
 from ssl_vit.training.signals import ONE_REQUEST, Preempted
 
+pytestmark = pytest.mark.processes
+
 LAUNCH = ["-m", "accelerate.commands.launch"]
 TWO = [*LAUNCH, "--config_file", str(ROOT / "configs" / "accelerate" / "cpu_2.yaml")]
 

@@ -191,7 +191,10 @@ def test_impossible_values_are_refused(changes: dict[str, Any], message: str) ->
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"img_size": 30}, "img_size=30: should be a multiple of 4, the stride of the last stage; nearest: 32"),
+        (
+            {"img_size": 30},
+            "img_size=30: its height 30 should be a multiple of 4, the stride of the last.*nearest: 32",
+        ),
         ({"num_heads": [2]}, "should have a number for each of depths"),
         ({"num_heads": [5, 4]}, "stage 0 num_heads=5: should divide"),
         ({"name": "swin_tinny_patch4_window7_224"}, "did you mean 'swin_tiny_patch4_window7_224'"),

@@ -12,6 +12,8 @@ from conftest import ROOT, tiny_recipe
 
 from ssl_vit.config import to_yaml
 
+pytestmark = pytest.mark.processes
+
 SCRIPT = ROOT / "scripts" / "slurm" / "pretrain.sbatch"
 
 

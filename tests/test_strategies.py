@@ -24,6 +24,8 @@ from ssl_vit.training.launch import Launch
 from ssl_vit.training.metrics import read_metrics
 from ssl_vit.training.optim import OptimSection
 
+pytestmark = pytest.mark.processes
+
 STRATEGIES = {
     "ddp": ("cpu_2", "MULTI_CPU, DDP"),
     "zero1": ("zero1", "DEEPSPEED, ZeRO-1"),

@@ -28,6 +28,8 @@ from ssl_vit.training.metrics import read_metrics
 from ssl_vit.training.run_folder import RunFolder
 from ssl_vit.training.skips import Diverged, Skips
 
+pytestmark = pytest.mark.processes
+
 
 def start_child(values: dict[str, Any]) -> int:
     """A training process without the seconds that a new interpreter takes."""
@@ -42,7 +44,7 @@ def start_child(values: dict[str, Any]) -> int:
     return child
 
 
-@pytest.mark.parametrize("objective", ["mae", "ema_mae"])
+@pytest.mark.parametrize("objective", [pytest.param("mae", marks=pytest.mark.slow), "ema_mae"])
 def test_ten_kills_leave_no_trace(objective: str, images: Path, tmp_path: Path) -> None:
     """kill -9 at ten random moments, three of them while a checkpoint is being written; also with an EMA teacher."""
     evals = {"rank": {"every": "25 steps"}}
@@ -291,7 +293,7 @@ def test_a_preempted_evaluation_is_made_up_for(images: Path, tmp_path: Path, mon
     assert losses(folder) == losses(straight)
 
 
-@pytest.mark.parametrize("objective", ["mae", "ema_mae"])
+@pytest.mark.parametrize("objective", [pytest.param("mae", marks=pytest.mark.slow), "ema_mae"])
 def test_two_processes_go_on_bit_for_bit(objective: str, images: Path, tmp_path: Path) -> None:
     """Both killed with -9, twice, at random moments, and started again: the losses of a straight run of two."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]

@@ -584,6 +584,7 @@ def test_a_resumed_run_is_bit_for_bit_the_same(trained: Path, images: Path, tmp_
     assert digests[0] == digests[1]
 
 
+@pytest.mark.processes
 def test_two_processes_train_like_one(images: Path, tmp_path: Path) -> None:
     """Codebook sums go over processes and micro-batches; what draws (start, revival) is equal in distribution only."""
     losses, shares = {}, {}

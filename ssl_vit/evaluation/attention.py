@@ -66,16 +66,14 @@ def attention_maps(encode: Callable[[], Any], batch_size: int) -> tuple[list[Ten
         batch_size: B.
 
     Raises:
-        InputError: the encoder's attention is not fused, or is within windows.
+        InputError: the encoder's attention is not fused, within windows, or not there.
     """
     with _Recorder() as recorder:
         tokens = encode()
-    if not recorder.maps:
-        raise InputError("evals.attention: this encoder computes no fused attention; allowed: vit_*, deit_*, beit_*")
-    if any(len(layer) != batch_size for layer in recorder.maps):
+    if not recorder.maps or any(len(layer) != batch_size for layer in recorder.maps):
         raise InputError(
-            "evals.attention: this encoder attends within windows that move from layer to layer (Swin), which is no "
-            "map of the image; allowed: vit_*, deit_*, beit_*"
+            "evals.attention: this encoder has no fused attention over the whole image (a Swin attends within windows "
+            "that move from layer to layer, a ResNet not at all); allowed: vit_*, deit_*, beit_*"
         )
     return recorder.maps, tokens
 
@@ -89,10 +87,10 @@ def rollout(maps: list[Tensor]) -> Tensor:
     Returns:
         (B, T, T): how much of each token of the input is in each token of the output; rows sum to 1.
     """
-    total = torch.eye(maps[0].shape[-1], device=maps[0].device).expand(len(maps[0]), -1, -1)
+    unit = torch.eye(maps[0].shape[-1]).to(maps[0])
+    total = unit.expand(len(maps[0]), -1, -1)
     for layer in maps:
-        mixed = (layer.mean(dim=1) + torch.eye(layer.shape[-1], device=layer.device)) / 2
-        total = mixed @ total
+        total = (layer.mean(dim=1) + unit) / 2 @ total
     return total
 
 
