@@ -30,8 +30,8 @@ def block(n: int, d: int) -> float:
     ("name", "width", "depth", "side", "patch", "parameters", "published_gflops"),
     [
         ("mae_vit_base_patch16_in1k", 768, 12, 14, 16, 85.8e6, 58.7),
-        ("mae_vit_large_patch16_in1k", 1024, 24, 14, 16, 303.3e6, 124.5),
-        ("mae_vit_huge_patch14_in1k", 1280, 32, 16, 14, 630.8e6, 291.4),
+        pytest.param("mae_vit_large_patch16_in1k", 1024, 24, 14, 16, 303.3e6, 124.5, marks=pytest.mark.slow),
+        pytest.param("mae_vit_huge_patch14_in1k", 1280, 32, 16, 14, 630.8e6, 291.4, marks=pytest.mark.slow),
     ],
 )
 def test_flops_of_mae(

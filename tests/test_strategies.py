@@ -73,7 +73,10 @@ def single(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=list(STRATEGIES))
+# ZeRO-1 is what ZeRO-2 does, and less
+@pytest.fixture(
+    scope="module", params=[pytest.param(s, marks=[pytest.mark.slow] if s == "zero1" else []) for s in STRATEGIES]
+)
 def group(
     request: pytest.FixtureRequest, data: Path, single: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, Path]:
