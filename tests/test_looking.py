@@ -49,12 +49,26 @@ def subject(encoder: dict[str, Any], images: Path) -> tuple[Subject, dict[str, n
     return judged, found
 
 
+class Checked(_Recorder):
+    """Compares each layer's output with its probabilities times its values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.checks: list[torch.Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = super().__torch_function__(func, types, args, kwargs)
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            self.checks.append((self.maps[-1] @ args[2] - output).abs().max() / output.abs().max())
+        return output
+
+
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_probabilities_times_values_are_the_layers_own_output(encoder: str) -> None:
     torch.manual_seed(0)
     model = create_encoder(**ENCODERS[encoder]).eval()
     image = torch.randn(3, 3, 32, 32)
-    with torch.no_grad(), _Recorder() as recorder:
+    with torch.no_grad(), Checked() as recorder:
         tokens = model(image)
     assert len(recorder.maps) == 2
     count = model.num_prefix_tokens + 16

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ssl_vit.encoders.base import create_encoder
 from ssl_vit.encoders.positions import sincos2d_table
+from ssl_vit.export.transformers_names import transformers_names
 from ssl_vit.objectives.mae import MAE
 
 transformers = pytest.importorskip("transformers")
@@ -50,27 +51,7 @@ def make_pair(
 
 def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our names to the reference's; q, k and v are three tensors there."""
-    renamed = {}
-    for name, tensor in state.items():
-        for ours, theirs in (
-            (r"^encoder\.model\.blocks\.", "vit.layers."),
-            (r"^decoder_blocks\.", "decoder.decoder_layers."),
-            (r"^encoder\.model\.cls_token", "vit.embeddings.cls_token"),
-            (r"^encoder\.model\.pos_embed", "vit.embeddings.position_embeddings"),
-            (r"^encoder\.model\.patch_embed\.proj", "vit.embeddings.patch_embeddings.projection"),
-            (r"^encoder\.model\.norm\.", "vit.layernorm."),
-            (r"^(decoder_(embed|pos_embed|norm|pred)|mask_token)", r"decoder.\1"),
-            (r"\.norm1\.", ".layernorm_before."),
-            (r"\.norm2\.", ".layernorm_after."),
-            (r"\.attn\.proj\.", ".attention.o_proj."),
-        ):
-            name = re.sub(ours, theirs, name)
-        if ".attn.qkv." in name:
-            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
-                renamed[name.replace(".attn.qkv.", f".attention.{letter}_proj.")] = part
-        else:
-            renamed[name] = tensor
-    return renamed
+    return transformers_names({name.removeprefix("encoder.model."): t for name, t in state.items()}, "vit.")
 
 
 def gradients(module: nn.Module) -> dict[str, Tensor]:

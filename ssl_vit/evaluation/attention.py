@@ -14,11 +14,11 @@ from torch.overrides import TorchFunctionMode
 
 from ssl_vit.config import InputError
 from ssl_vit.evaluation.base import Evaluation, Subject
-from ssl_vit.evaluation.pictures import fixed_images, in_eval_mode, sheet, to_rgb
+from ssl_vit.evaluation.pictures import fixed_images, in_eval_mode, patch_grid, sheet, shown
 
 
 class _Recorder(TorchFunctionMode):
-    """Keeps the probabilities of every fused attention that is computed meanwhile, and what it gave.
+    """Keeps the probabilities of every fused attention that is computed meanwhile.
 
     Fused kernels never form the probabilities, so they are computed again from the same queries, keys and biases: what
     is shown is what the layer used, whatever it did to them before (normalised keys, relative positions).
@@ -27,15 +27,12 @@ class _Recorder(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.maps: list[Tensor] = []
-        self.checks: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         if func is F.scaled_dot_product_attention:
             with torch._C.DisableTorchFunction():
-                probabilities, value = _probabilities(*args, **(kwargs or {}))
-                self.checks.append((probabilities @ value - output.float()).abs().max() / output.float().abs().max())
-                self.maps.append(probabilities)
+                self.maps.append(_probabilities(*args, **(kwargs or {})))
         return output
 
 
@@ -48,13 +45,13 @@ def _probabilities(
     is_causal: bool = False,
     scale: float | None = None,
     **_: Any,
-) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T scale + bias), (B, heads, T, T), and the values, both in float32."""
+) -> Tensor:
+    """softmax(q k^T scale + bias), (B, heads, T, T), in float32."""
     assert not is_causal, "no encoder here hides what comes later"
     logits = query.float() @ key.float().transpose(-2, -1) * (scale or 1 / math.sqrt(query.shape[-1]))
     if attn_mask is not None:
         logits = logits.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else logits + attn_mask
-    return logits.softmax(dim=-1), value.float()
+    return logits.softmax(dim=-1)
 
 
 @torch.no_grad()
@@ -127,8 +124,7 @@ class Attention(Evaluation):
             seen = _seen(maps[layer], prefix)  # (B, heads, N)
             chosen += [seen.mean(dim=1), *(seen.unbind(dim=1) if self.heads else ())]
         chosen.append(_seen(rollout(maps)[:, None], prefix)[:, 0])
-        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (subject.pixels.mean, subject.pixels.std))
-        picture = to_rgb(batch["image"].cpu().float() * std + mean)
+        picture = shown(batch["image"], subject.pixels)
         subject.picture("attention", sheet([picture, *(overlay(picture, values.cpu()) for values in chosen)]))
         return {}
 
@@ -143,10 +139,8 @@ def overlay(picture: Tensor, values: Tensor) -> Tensor:
     """uint8 (B, 3, H, W): values of patches (B, N), largest bright, over a faint grey picture uint8 (B, 3, H, W)."""
     from matplotlib import colormaps
 
-    height, width = picture.shape[-2:]
-    side = math.sqrt(height * width / values.shape[1])
-    grid = values.view(len(values), 1, round(height / side), round(width / side))
-    smooth = F.interpolate(grid.float(), (height, width), mode="bilinear", align_corners=False)[:, 0]
+    grid = patch_grid(values[..., None].float(), picture)  # (B, 1, h, w)
+    smooth = F.interpolate(grid, picture.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
     low, high = smooth.amin(dim=(1, 2), keepdim=True), smooth.amax(dim=(1, 2), keepdim=True)
     shown = ((smooth - low) / (high - low).clamp_min(1e-12)).numpy()
     colours = torch.from_numpy(np.asarray(colormaps["inferno"](shown))[..., :3]).permute(0, 3, 1, 2) * 255

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from ssl_vit.evaluation.base import Evaluation, Subject
-from ssl_vit.evaluation.pictures import fixed_images, in_eval_mode, sheet, to_rgb
+from ssl_vit.evaluation.pictures import fixed_images, in_eval_mode, patch_grid, sheet, shown, to_rgb
 
 
 class PatchPCA(Evaluation):
@@ -34,12 +32,8 @@ class PatchPCA(Evaluation):
         with in_eval_mode(subject.objective):
             patches = subject.objective(batch, call="encode").patches.cpu()  # (B, N, D)
         colours, explained = component_colours(patches)
-        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (subject.pixels.mean, subject.pixels.std))
-        picture = to_rgb(batch["image"].cpu().float() * std + mean)
-        height, width = picture.shape[-2:]
-        side = math.sqrt(height * width / patches.shape[1])
-        grid = colours.transpose(1, 2).unflatten(2, (round(height / side), round(width / side)))
-        enlarged = torch.nn.functional.interpolate(grid, (height, width), mode="nearest")
+        picture = shown(batch["image"], subject.pixels)
+        enlarged = torch.nn.functional.interpolate(patch_grid(colours, picture), picture.shape[-2:], mode="nearest")
         subject.picture("patch_pca", sheet([picture, to_rgb(enlarged)]))
         return {"explained": explained}
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ssl_vit.data.loader import EvalBatches
+from ssl_vit.data.loader import EvalBatches, Pixels
 from ssl_vit.data.order import derive_seed
 from ssl_vit.data.views import CentreView, seed_generators
 from ssl_vit.evaluation.base import Evaluation, Subject
@@ -41,9 +42,7 @@ class Pictures(Evaluation):
         seed_generators(derive_seed(subject.seed, PICTURE_SEED))
         with in_eval_mode(subject.objective):
             drawn = subject.objective(batch, call="pictures")
-        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (subject.pixels.mean, subject.pixels.std))
-        columns = [to_rgb(images.cpu().float() * std + mean) for images in drawn.values()]
-        subject.picture("pictures", sheet(columns))
+        subject.picture("pictures", sheet([shown(images, subject.pixels) for images in drawn.values()]))
         return {}
 
 
@@ -65,6 +64,19 @@ def in_eval_mode(objective: nn.Module) -> Iterator[None]:
         yield
     finally:
         objective.train(was_training)
+
+
+def shown(images: Tensor, pixels: Pixels) -> Tensor:
+    """uint8 (B, 3, H, W) of normalised images (B, C, H, W) on any device."""
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (pixels.mean, pixels.std))
+    return to_rgb(images.cpu().float() * std + mean)
+
+
+def patch_grid(values: Tensor, picture: Tensor) -> Tensor:
+    """Values of patches (B, N, C), row by row, as (B, C, h, w), for pictures (B, 3, H, W) of square patches."""
+    height, width = picture.shape[-2:]
+    side = math.sqrt(height * width / values.shape[1])
+    return values.transpose(1, 2).unflatten(2, (round(height / side), round(width / side)))
 
 
 def to_rgb(images: Tensor) -> Tensor:

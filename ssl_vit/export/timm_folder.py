@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,7 @@ def export_timm(
         "interpolation": interpolation,
     }
     facts = {**metadata, "encoder": encoder.config(), "data": data}
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with whole_folder(folder) as temporary:
         _write(encoder, temporary, data, facts)
         difference = _difference(encoder, temporary)
         if not difference <= TOLERANCE:
@@ -71,10 +70,19 @@ def export_timm(
                 f"{folder}: not exported, its features in timm differ by {difference:.1e} from the encoder's "
                 f"(relative; allowed: {TOLERANCE:.0e})"
             )
-        replace_folder(temporary, folder)
+    return difference
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """The name of a folder to write, which takes the place of ``folder`` at the end, unless something is raised."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        yield temporary
+        _replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return difference
 
 
 def _write(encoder: Encoder, folder: Path, data: dict[str, Any], facts: dict[str, Any]) -> None:
@@ -137,7 +145,7 @@ def _difference(encoder: Encoder, folder: Path) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-def replace_folder(source: Path, target: Path) -> None:
+def _replace(source: Path, target: Path) -> None:
     """Rename a folder onto another; the old one is out of the way only for the moment between two renames."""
     old = target.with_name(f".{target.name}.old.{os.getpid()}")
     shutil.rmtree(old, ignore_errors=True)

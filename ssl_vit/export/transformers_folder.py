@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from torch import Tensor
 from ssl_vit.config import InputError
 from ssl_vit.encoders.base import Encoder
 from ssl_vit.encoders.vit import ViT
-from ssl_vit.export.timm_folder import TOLERANCE, replace_folder, whole_state
+from ssl_vit.export.timm_folder import TOLERANCE, whole_folder, whole_state
 from ssl_vit.export.transformers_names import BUFFERS, transformers_names
 from ssl_vit.objectives.mae import MAE
 
@@ -172,9 +170,7 @@ def _filled(cls: str, config: str, arguments: dict[str, Any], state: dict[str, T
 def _write(
     model: Any, folder: Path, encoder: Encoder, data: dict[str, Any], difference: Callable[[Any], float]
 ) -> float:
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with whole_folder(folder) as temporary:
         temporary.mkdir(parents=True)
         model.save_pretrained(temporary)
         (temporary / "preprocessor_config.json").write_text(
@@ -190,9 +186,6 @@ def _write(
                 f"{folder}: not exported, {type(model).__name__} differs by {found:.1e} (relative; allowed: "
                 f"{TOLERANCE:.0e})"
             )
-        replace_folder(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return found
 
 
