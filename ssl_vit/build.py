@@ -217,7 +217,7 @@ def resolve_classes(recipe: Recipe, opened: dict[str, Index] | None = None) -> N
         return
     sources = {f"data.train={spec}": open_data(data, spec, opened) for spec in train_specs(data)}
     first = next(iter(sources.values()))
-    if data.val is not None and "accuracy" in recipe.evals:
+    if data.val is not None and {"accuracy", "heads"} & set(recipe.evals):
         sources[f"data.val={data.val}"] = open_data(data, data.val, opened)
     for name, index in sources.items():
         missing = int((index.samples["label"] < 0).sum())

@@ -25,11 +25,16 @@ from ssl_vit.config import (
 
 USAGE = """options:
   --config FILE       a recipe; repeatable, later files win
+  --watch RUN         (evaluations) measure every checkpoint of a run while it is trained, on its data, each once
   --print-config      print the complete, checked recipe and stop
   --resume auto|never|PATH
                       go on with the run in run.dir (auto), refuse a folder in use (never), or a checkpoint's path
   --help              this text
   key=value           any key below, e.g. optim.batch_size=256; leading dashes are accepted"""
+
+
+EXAMPLES = {"--config": "FILE", "--resume": "auto", "--watch": "runs/mae"}
+"""Options with a value, and one."""
 
 
 @dataclass
@@ -40,6 +45,7 @@ class Arguments:
         files: recipes.
         words: ``key=value``.
         resume: ``"auto"``, ``"never"`` or a path.
+        watch: a run whose checkpoints are measured as they come.
         print_config: only print the recipe.
         help: only print the keys.
     """
@@ -47,6 +53,7 @@ class Arguments:
     files: list[Path] = field(default_factory=list)
     words: list[str] = field(default_factory=list)
     resume: str = "auto"
+    watch: Path | None = None
     print_config: bool = False
     help: bool = False
 
@@ -57,14 +64,14 @@ class Arguments:
         while rest:
             word = rest.pop(0)
             option, equals, value = word.partition("=")
-            if option in ("--config", "--resume"):
+            if option in EXAMPLES:
                 if not equals and not rest:
-                    raise InputError(
-                        f"{option}: needs a value, e.g. {option} {'FILE' if option == '--config' else 'auto'}"
-                    )
+                    raise InputError(f"{option}: needs a value, e.g. {option} {EXAMPLES[option]}")
                 value = value if equals else rest.pop(0)
                 if option == "--config":
                     found.files.append(Path(value))
+                elif option == "--watch":
+                    found.watch = Path(value)
                 else:
                     found.resume = value
             elif word in ("-h", "--help"):
@@ -91,17 +98,17 @@ def pretrain(doc: str | None, pipeline: str, objective: str, default: str, image
     def defaults(words: list[str]) -> str:
         return images if any(word.lstrip("-").startswith("data.train=") for word in words) else default
 
-    def start(recipe: Recipe, resume: str) -> None:
+    def start(recipe: Recipe, arguments: Arguments) -> None:
         from ssl_vit.run import run
 
-        run(recipe, resume)
+        run(recipe, arguments.resume)
 
     def guard(values: dict[str, Any]) -> None:
         name = (values.get("objective") or {}).get("name")
         if name != objective:
             raise InputError(f"objective.name={name!r}: this pipeline trains {objective!r}; {_door_of(name, pipeline)}")
 
-    _door(doc, pipeline, Recipe, defaults, guard, start)
+    _door(doc, pipeline, lambda values: Recipe, defaults, guard, start)
 
 
 def _door_of(objective: str | None, pipeline: str) -> str:
@@ -112,22 +119,37 @@ def _door_of(objective: str | None, pipeline: str) -> str:
     return f"use {doors[objective]}" if objective in doors else f"there are {', '.join(doors.values())}"
 
 
-def evaluate(doc: str | None, pipeline: str, default: str) -> None:
+def evaluate(doc: str | None, pipeline: str, default: str, trains: str | None = None) -> None:
     """The door of the pipelines that measure an encoder as it is.
 
     Args:
         doc: the pipeline's docstring, the head of its help.
         pipeline: the pipeline's ``__file__``.
         default: recipe below ``configs/`` if none is given.
+        trains: ``objective.name`` of recipes that train something on the encoder before they measure it.
     """
-    from ssl_vit.recipe import EvaluationRecipe
+    from ssl_vit.recipe import EvaluationRecipe, Recipe
 
-    def start(recipe: EvaluationRecipe, resume: str) -> None:
-        from ssl_vit.run import evaluate
+    def start(recipe: EvaluationRecipe | Recipe, arguments: Arguments) -> None:
+        from ssl_vit import run, watch
 
-        evaluate(recipe, resume)
+        if isinstance(recipe, Recipe):
+            run.run(recipe, arguments.resume)
+        elif arguments.watch:
+            watch.watch(recipe, arguments.watch)
+        else:
+            run.evaluate(recipe, arguments.resume)
 
-    _door(doc, pipeline, EvaluationRecipe, lambda words: default, lambda values: None, start)
+    def guard(values: dict[str, Any]) -> None:
+        name = (values.get("objective") or {}).get("name")
+        if name != trains:
+            takes = f"objective.name={trains!r} or no objective" if trains else "no objective: it only measures"
+            raise InputError(f"objective.name={name!r}: this pipeline takes {takes}; {_door_of(name, pipeline)}")
+
+    def section(values: dict[str, Any]) -> type[Section]:
+        return Recipe if "objective" in values else EvaluationRecipe
+
+    _door(doc, pipeline, section, lambda words: default, lambda v: guard(v) if "objective" in v else None, start)
 
 
 def refuse(error: InputError) -> NoReturn:
@@ -139,10 +161,10 @@ def refuse(error: InputError) -> NoReturn:
 def _door(
     doc: str | None,
     pipeline: str,
-    section: Any,
+    section_of: Callable[[dict[str, Any]], Any],
     defaults: Callable[[list[str]], str],
     guard: Callable[[dict[str, Any]], None],
-    start: Callable[[Any, str], None],
+    start: Callable[[Any, Arguments], None],
 ) -> None:
     configs = Path(pipeline).resolve().parents[1] / "configs"
     values: dict[str, Any] = {}
@@ -150,6 +172,9 @@ def _door(
         arguments = Arguments.parse(sys.argv[1:])
         files = [find_recipe(file, configs) for file in arguments.files] or [configs / defaults(arguments.words)]
         values = load(files, arguments.words)
+        section = section_of(values)
+        if arguments.watch:
+            _watched(values, arguments.watch, section)
         if arguments.help:
             print(help_text(doc, section, values))
             return
@@ -163,7 +188,7 @@ def _door(
         _prepare()
         if not arguments.files:
             logging.getLogger("ssl_vit").info("no --config: %s", files[0])
-        _start(start, recipe, arguments.resume)
+        _start(start, recipe, arguments)
     except InputError as error:
         if not error.untouched:
             _failed(values, EXIT_BAD_INPUT, str(error))
@@ -173,17 +198,31 @@ def _door(
         raise
 
 
-def _start(start: Callable[[Any, str], None], recipe: Any, resume: str) -> None:
+def _start(start: Callable[[Any, Arguments], None], recipe: Any, arguments: Arguments) -> None:
     from ssl_vit import distributed
     from ssl_vit.training.signals import Preempted
 
     try:
-        start(recipe, resume)
+        start(recipe, arguments)
         distributed.barrier()  # a process that leaves early takes down those that still talk to it
     except Preempted as stop:
         _preempted(recipe.run.dir, stop)
     finally:
         distributed.shutdown()
+
+
+def _watched(values: dict[str, Any], run: Path, section: Any) -> None:
+    """What ``--watch`` makes of a recipe: the run's encoder, and its data where nothing else is given."""
+    from ssl_vit.recipe import EvaluationRecipe
+    from ssl_vit.watch import check_watched
+
+    if section is not EvaluationRecipe:
+        raise InputError(f"--watch {run}: measures checkpoints of a run; allowed in evaluations without an objective")
+    of_run = load([check_watched(run).path / "recipe.yaml"], [])["data"]
+    given = {key: value for key, value in values.setdefault("data", {}).items() if value is not None}
+    values["data"] = {**of_run, **given}
+    values["encoder"] = {"init": str(run)}
+    values["run"]["dir"] = str(run / "watch")
 
 
 def find_recipe(file: Path, configs: Path) -> Path:

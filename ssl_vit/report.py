@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
+from ssl_vit.build import Sets
 from ssl_vit.config import to_yaml
 from ssl_vit.data.loader import Pixels
+from ssl_vit.encoders.base import Encoder
+from ssl_vit.evaluation.base import Evaluation, Subset
 from ssl_vit.export.card import write_card
 from ssl_vit.export.timm_folder import export_timm
 from ssl_vit.html_report import write_report
+from ssl_vit.modules.target_cache import state_hash
 from ssl_vit.objectives.base import Objective
-from ssl_vit.recipe import Recipe
+from ssl_vit.recipe import EvaluationRecipe, Recipe
+from ssl_vit.training.environment import library_versions
 from ssl_vit.training.metrics import read_metrics
 from ssl_vit.training.plan import Plan
 from ssl_vit.training.run_folder import RunFolder
@@ -19,10 +27,47 @@ from ssl_vit.training.run_folder import RunFolder
 logger = logging.getLogger(__name__)
 
 
+def measurement(
+    recipe: Recipe | EvaluationRecipe, sets: Sets, encoder: Encoder, evaluations: Mapping[str, Evaluation], bad: int
+) -> dict[str, Any]:
+    """What decides the numbers of evaluations, for result.json: protocols, data, encoder, seed, versions."""
+    parts: dict[str, Subset | None] = {"probe": sets.probe, "val": sets.val}
+    return {
+        "protocols": {name: evaluation.protocol for name, evaluation in evaluations.items() if evaluation.protocol},
+        "probe": sets.rule,
+        "data": {
+            "train": [{"images": len(index), "sha256": index.fingerprint} for index in sets.train],
+            **{
+                name: {
+                    "images": len(part.samples),
+                    "classes": len(np.unique(part.labels)),
+                    "of": len(part.index),
+                    "sha256": part.index.fingerprint,
+                }
+                for name, part in parts.items()
+                if part is not None
+            },
+        },
+        "encoder": {"name": encoder.name, "init": recipe.encoder.get("init"), "sha256": state_hash(encoder.model)},
+        "seed": recipe.seed,
+        "bad_samples": bad,
+        "versions": library_versions(),
+    }
+
+
 def finish(
-    recipe: Recipe, folder: RunFolder, objective: Objective, pixels: Pixels, plan: Plan, rule: str, bad: int
+    recipe: Recipe, folder: RunFolder, objective: Objective, pixels: Pixels, plan: Plan, facts: dict[str, Any]
 ) -> None:
-    """Export the encoder with its check, write result.json and the card, say where everything is."""
+    """Export the encoder with its check, write result.json and the card, say where everything is.
+
+    Args:
+        recipe: of the run.
+        folder: of the run.
+        objective: trained.
+        pixels: preprocessing, which the export states.
+        plan: steps.
+        facts: of :func:`measurement`.
+    """
     difference = export_timm(
         objective.encoder, folder.path / "encoder", mean=pixels.mean, std=pixels.std, crop_pct=pixels.crop_pct,
         interpolation=pixels.interpolation, metadata={"objective": recipe.objective["name"], "step": plan.total_steps},
@@ -32,9 +77,9 @@ def finish(
     initial = {k: v for line in lines if line["step"] == 0 for k, v in line.items()}
     final = {k: v for line in lines if line["step"] == plan.total_steps for k, v in line.items()}
     result = {
-        "objective": recipe.objective["name"], "steps": plan.total_steps, "probe": rule, "bad_samples": bad,
+        "objective": recipe.objective["name"], "steps": plan.total_steps,
         "evaluations": {"initial": initial, "final": final}, "export_difference": difference,
-        **handed_over,
+        **handed_over, **facts,
     }  # fmt: skip
     folder.write_json("result.json", result)
     write_card(folder.path, card_facts(recipe, folder, plan, result, pixels))

@@ -19,7 +19,7 @@ from ssl_vit.data.loader import Pixels, TrainBatches
 from ssl_vit.encoders.base import Encoder
 from ssl_vit.evaluation.base import Evaluation, Subject
 from ssl_vit.recipe import EvaluationRecipe, Recipe, micro_batch
-from ssl_vit.report import finish, report
+from ssl_vit.report import finish, measurement, report
 from ssl_vit.training.checkpoint import Checkpoints, read_checkpoint
 from ssl_vit.training.environment import library_versions
 from ssl_vit.training.launch import KINDS, Launch
@@ -122,7 +122,8 @@ def run(recipe: Recipe, resume: str = "auto") -> None:
                 read_checkpoint(trainer.checkpoints.path(plan.total_steps)).fill(
                     objective, folder.path, sets.fingerprint
                 )
-            finish(recipe, folder, objective, pixels, plan, sets.rule, bad.count)
+            facts = measurement(recipe, sets, objective.encoder, evaluations, bad.count)
+            finish(recipe, folder, objective, pixels, plan, facts)
             folder.close_log()
 
 
@@ -162,9 +163,8 @@ def evaluate(recipe: EvaluationRecipe, resume: str = "auto") -> None:
         log.evaluation(0, results)
         log.close()
         if main:
-            folder.write_json(
-                "result.json", {"evaluations": {"final": results}, "probe": sets.rule, "bad_samples": bad.count}
-            )
+            facts = measurement(recipe, sets, encoder, evaluations, bad.count)
+            folder.write_json("result.json", {"evaluations": {"final": results}, **facts})
             folder.status("finished", exit_code=0)
             report(folder)
             folder.close_log()

@@ -31,8 +31,10 @@ from ssl_vit.training.optim import absolute_lr
 
 PRETRAIN = sorted((ROOT / "configs" / "pretrain").glob("*.yaml"))
 FINETUNE = sorted((ROOT / "configs" / "finetune").glob("*.yaml"))
-TRAIN = PRETRAIN + FINETUNE
-MEASURE = sorted(f for f in (ROOT / "configs").rglob("*.yaml") if f.parent.name in ("linear_probe", "knn", "evaluate"))
+JUDGE = sorted(f for f in (ROOT / "configs").rglob("*.yaml") if f.parent.name in ("linear_probe", "knn", "evaluate"))
+PROBE = [f for f in JUDGE if "objective" in load([f], [])]
+TRAIN = PRETRAIN + FINETUNE + PROBE
+MEASURE = [f for f in JUDGE if f not in PROBE]
 ENCODER_MILLIONS = {
     "mae_vit_base_patch16_in1k": 85.8,
     "mae_vit_large_patch16_in1k": 303.3,
@@ -74,6 +76,11 @@ def tiny_objective(values: dict[str, Any], folder: Path) -> dict[str, Any]:
         return {"mask_unit": 8}
     if "teacher" in values:
         return {"teacher": tiny_teacher(folder)}
+    if values["name"] == "probe":  # a tiny encoder has two blocks
+        return {
+            "stages": values["stages"]
+            and [[-2, -1] if isinstance(s, list) and s != [-1] else -1 for s in values["stages"]]
+        }
     return TINY_DECODER if values["name"] == "mae" else {}
 
 

@@ -198,3 +198,28 @@ def test_importing_is_quick() -> None:
     code = "import sys, ssl_vit.objectives.mae, ssl_vit.encoders.vit; print('timm' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("family", ["vit", "beit", "hybrid", "swin", "resnet"])
+def test_intermediate_tokens_are_timms(family: str) -> None:
+    """Behind each stage the tokens equal timm's own forward_intermediates; the last are the encoder's output."""
+    from test_finetune import FAMILIES as TINY
+
+    torch.manual_seed(0)
+    encoder = create_encoder(**TINY[family]).eval()
+    image = torch.randn(2, encoder.in_chans, *encoder.img_size)
+    count = len(encoder.stages)
+    found = encoder.intermediates(image, range(1, count + 1))
+    options = {"return_prefix_tokens": True} if encoder.num_prefix_tokens else {}
+    expected = encoder.model.forward_intermediates(image, norm=True, intermediates_only=True, **options)[-count:]
+    for ours, theirs in zip(found, expected, strict=True):
+        patches, prefix = theirs if encoder.num_prefix_tokens else (theirs, None)
+        torch.testing.assert_close(ours.patches, patches.flatten(2).transpose(1, 2), rtol=1e-5, atol=1e-5)
+        if prefix is not None:
+            torch.testing.assert_close(ours.prefix, prefix, rtol=1e-5, atol=1e-5)
+    last, again = encoder(image), encoder.intermediates(image, [-1])[0]
+    assert torch.equal(last.patches, again.patches)
+    assert torch.equal(last.prefix, again.prefix)
+    assert not any(stage._forward_hooks for stage in encoder.stages), "nothing is left behind"
+    with pytest.raises(ValueError, match=rf"stage {count + 1}: allowed for .*: 1 to {count}"):
+        encoder.intermediates(image, [count + 1])

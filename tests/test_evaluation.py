@@ -21,9 +21,11 @@ from ssl_vit.evaluation.base import Subject, Subset, split_by_key
 from ssl_vit.evaluation.few_shot import FewShot
 from ssl_vit.evaluation.knn import KNN, knn_correct
 from ssl_vit.evaluation.linear import Linear
+from ssl_vit.evaluation.linear_heads import Choice, LinearHeads
 from ssl_vit.evaluation.logistic import fit_path, fit_selected, stratified_folds
 from ssl_vit.evaluation.pictures import sheet, to_rgb
 from ssl_vit.evaluation.rank import Rank
+from ssl_vit.evaluation.sweep import Sweep
 from ssl_vit.objectives.base import Objective
 from ssl_vit.recipe import DataSection
 
@@ -64,6 +66,17 @@ def test_knn_equals_brute_force(chunk: int) -> None:
     assert knn_correct(bank, bank_labels, queries, labels, [1, 5, 50], 0.07, 3, chunk).tolist() == expected
 
 
+def test_knn_leaves_an_image_out_of_its_own_vote() -> None:
+    """Scored on the images that vote, each is judged by the others alone (leave one out)."""
+    features, labels = blobs(n=31)
+    expected = 0
+    for i in range(31):
+        rest = torch.arange(31) != i
+        expected += int(knn_correct(features[rest], labels[rest], features[i:][:1], labels[i:][:1], [5], 0.07, 3, 9)[0])
+    assert int(knn_correct(features, labels, features, labels, [5], 0.07, 3, 9, torch.arange(31))[0]) == expected < 31
+    assert int(knn_correct(features, labels, features, labels, [1], 0.07, 3, 9)[0]) == 31
+
+
 @pytest.mark.parametrize("penalty", [1.0, 1e-2, 1e-4])
 def test_logistic_regression_equals_scikit_learn(penalty: float) -> None:
     features, labels = blobs()
@@ -76,6 +89,15 @@ def test_logistic_regression_equals_scikit_learn(penalty: float) -> None:
     ours = ((queries.double() - classifier.mean) / classifier.std) @ classifier.weight.T + classifier.bias
     theirs = reference.decision_function(((queries.double() - classifier.mean) / classifier.std).numpy())
     np.testing.assert_allclose(torch.softmax(ours, 1), torch.softmax(torch.from_numpy(theirs), 1), atol=2e-5)
+
+
+def test_logistic_regression_on_fewer_images_than_features_equals_scikit_learn() -> None:
+    features, labels = blobs(n=12, dim=40)
+    classifier = fit_path(features, labels, 3, [1e-2])[0]
+    standard = ((features.double() - classifier.mean) / classifier.std).numpy()
+    reference = LogisticRegression(C=1 / (1e-2 * 12), tol=1e-12, max_iter=10_000).fit(standard, labels.numpy())
+    centred = classifier.weight - classifier.weight.mean(dim=0)
+    np.testing.assert_allclose(centred, reference.coef_ - reference.coef_.mean(axis=0), atol=1e-5)
 
 
 def test_logistic_regression_survives_constant_features() -> None:
@@ -95,6 +117,63 @@ def test_penalty_is_chosen_without_the_validation_set() -> None:
     scores = [c.accuracy(features[held], labels[held]) for c in fit_path(features[~held], labels[~held], 3, penalties)]
     assert chosen == penalties[int(np.argmax(scores))]
     assert torch.allclose(classifier.weight, fit_path(features, labels, 3, [chosen])[0].weight, atol=1e-4)
+
+
+def test_the_classifiers_of_a_sweep_are_those_of_torch_alone() -> None:
+    """Classifiers trained side by side equal each one trained by torch's SGD on its own columns of the features."""
+    features, labels = blobs(n=64, dim=10)
+    columns = {(1, "token"): torch.arange(0, 4), (2, "both"): torch.arange(10)}
+    grid = [Choice(1, "token", 0.1, 0.0), Choice(1, "token", 0.5, 0.1), Choice(2, "both", 0.2, 0.01)]
+    heads = LinearHeads(features.double(), grid, columns, 3)
+    batches = [torch.arange(start, start + 16) for start in (0, 16, 32, 48)] * 3
+    factors = [1 - i / 12 for i in range(12)]
+    for batch, factor in zip(batches, factors, strict=True):
+        heads.step(features[batch].double(), labels[batch], factor)
+    standard = (features.double() - features.double().mean(dim=0)) / features.double().std(dim=0, unbiased=False)
+    for choice, score in zip(grid, heads.accuracies(features.double(), labels, chunk=7), strict=True):
+        inputs = standard[:, columns[(choice.last, choice.pool)]]
+        alone = torch.nn.Linear(inputs.shape[1], 3).double()
+        torch.nn.init.zeros_(alone.weight), torch.nn.init.zeros_(alone.bias)
+        groups = [{"params": [alone.weight], "weight_decay": choice.decay}, {"params": [alone.bias]}]
+        sgd = torch.optim.SGD(groups, lr=choice.rate, momentum=0.9)
+        for batch, factor in zip(batches, factors, strict=True):
+            sgd.param_groups[0]["lr"] = sgd.param_groups[1]["lr"] = choice.rate * factor
+            sgd.zero_grad()
+            F.cross_entropy(alone(inputs[batch]), labels[batch]).backward()
+            sgd.step()
+        group = next(g for g in heads.groups if grid.index(choice) in g.members)
+        own = group.weight[:, group.members.index(grid.index(choice))]
+        torch.testing.assert_close(own[:-1].T, alone.weight, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(own[-1], alone.bias, rtol=1e-9, atol=1e-9)
+        assert score == pytest.approx((alone(inputs).argmax(dim=1) == labels).double().mean().item())
+
+
+def test_a_sweep_chooses_on_a_part_of_the_training_set(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged = subject(images)
+    seen: list[int] = []
+    sets: list[set[int]] = []
+    plain = Sweep._features
+
+    def spy(self: Sweep, judged: Subject, subset: Subset, views: int) -> tuple[torch.Tensor, torch.Tensor]:
+        sets.append(set(subset.samples.tolist()))
+        seen.append(views)
+        return plain(self, judged, subset, views)
+
+    monkeypatch.setattr(Sweep, "_features", spy)
+    result = Sweep(last_blocks=[1, 2], learning_rates=[0.03, 0.1], min_steps=60, batch_size=16, views=1)(judged)
+    fitting, selection, again, val = sets
+    assert seen == [1, 0, 1, 0], "selection and scores are on centre crops, training has views beside them"
+    assert not fitting & selection
+    assert again == selection
+    assert val == set(judged.subset("val").samples.tolist())
+    assert fitting | selection == set(judged.subset("probe").samples.tolist())
+    assert 0.5 < result["top1"] <= 1
+    assert result["classifiers"] == 2 * 3 * 2 * 3
+    assert Sweep(last_blocks=[1], learning_rates=[0.1], views=1)(subject(images)) == Sweep(
+        last_blocks=[1], learning_rates=[0.1], views=1
+    )(subject(images)), "views are a function of the seed and the sample"
+    with pytest.raises(InputError, match=r"evals\.sweep\.last_blocks=\[9\]: stage -3: allowed for vit_tiny"):
+        Sweep(last_blocks=[9])(judged)
 
 
 def test_folds_are_stratified() -> None:
@@ -181,7 +260,10 @@ def test_split_is_stratified_and_decided_by_keys(images: Path) -> None:
 def test_each_evaluation_gives_sane_numbers(images: Path) -> None:
     judged = subject(images)
     knn, linear = KNN(k=[5, 20, 500])(judged), Linear()(judged)
-    few = FewShot(shots=3, draws=4)(judged)
+    few = FewShot(shots=[1, 3], draws=4)(judged)
+    assert few["top1"] == few["top1_shots3"] > 0.5
+    assert few["top1_shots1"] > 0.4
+    assert few["spread_shots1"] >= 0
     assert knn["top1"] == knn["top1_k5"]
     assert "top1_k57" in knn, "k is cut to the probe set"
     for result in (knn, linear, few):
@@ -189,8 +271,8 @@ def test_each_evaluation_gives_sane_numbers(images: Path) -> None:
         assert 0 <= result["standard_error"] < 0.2
     rank = Rank()(judged)
     assert 1 <= rank["effective_rank"] <= 48
-    with pytest.raises(InputError, match=r"evals\.few_shot\.shots=30"):
-        FewShot(shots=30)(judged)
+    with pytest.raises(InputError, match=r"evals\.few_shot\.shots=\[30\]"):
+        FewShot(shots=[30])(judged)
 
 
 def test_rank_of_a_collapsed_encoder_is_one(images: Path) -> None:

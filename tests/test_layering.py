@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     {"config", "distributed"}, {"data", "encoders"}, {"modules"}, {"objectives"}, {"evaluation"}, {"training"},
-    {"export"}, {"recipe"}, {"build"}, {"compare"}, {"html_report"}, {"report"}, {"run"}, {"cli"}, {"preflight"},
+    {"export"}, {"recipe"}, {"build"}, {"compare"}, {"html_report"}, {"report"}, {"run"}, {"watch"}, {"cli"},
+    {"preflight"},
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = sorted((ROOT / "ssl_vit").rglob("*.py"))
@@ -25,13 +26,13 @@ RAISED_FILES = {
     # the loop, with everything that may end or undo a step
     "ssl_vit/training/trainer.py": 270,
     # one door for every pipeline: words, help, status and exit codes
-    "ssl_vit/cli.py": 265,
+    "ssl_vit/cli.py": 320,
     # every section of a recipe with its documentation, and the checks between them
     "ssl_vit/recipe.py": 275,
     # from each section of a recipe to its objects
     "ssl_vit/build.py": 270,
     # every promise of an objective, said where it is made
-    "ssl_vit/objectives/base.py": 165,
+    "ssl_vit/objectives/base.py": 180,
     # the published method reads in the order it computes
     "ssl_vit/objectives/mae.py": 160,
     # a hundred lines are its 30 published settings, each a documented argument
@@ -41,6 +42,8 @@ RAISED_FILES = {
     # both versions of the method, whose masks and paths are most of its arguments
     "ssl_vit/objectives/beit.py": 190,
     "ssl_vit/encoders/vit.py": 285,
+    # every promise of an encoder, said where it is made
+    "ssl_vit/encoders/base.py": 265,
 }
 RAISED_FUNCTIONS = {
     # 31 lines are its signature

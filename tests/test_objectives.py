@@ -30,6 +30,7 @@ TINY: dict[str, dict[str, Any]] = {
     "simmim": {"mask_unit": 8},
     "ibot": {"out_dim": 32, "hidden_dim": 24, "bottleneck_dim": 8, "local_crops": 2, "local_size": 16},
     "classification": {"num_classes": 3},
+    "probe": {"num_classes": 3},
     "deit": {"num_classes": 3, "teacher": tiny_teacher},
     "beit": {**TINY_BEIT, "tokenizer": tokenizer_file()},
     "tokenizer_training": TINY_TOKENIZER,

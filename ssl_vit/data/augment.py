@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ class AugmentSection(Section):
     Args:
         crop_scale: smallest and largest share of the image's area that a crop covers
         crop_ratio: smallest and largest aspect ratio of a crop
+        crop_retry: a crop that does not fit into the image is drawn again, ten times at most; false: it is cut to the
+            image, as TensorFlow's pipelines and MAE's linear probe have it
         flip: probability of a horizontal flip
         interpolation: filter that resizes a crop
         auto_augment: timm's RandAugment, e.g. rand-m9-mstd0.5-inc1; or 3a: one of grey, solarised, blurred
@@ -34,6 +37,7 @@ class AugmentSection(Section):
 
     crop_scale: tuple[float, float] = (0.08, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    crop_retry: bool = True
     flip: float = 0.5
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     auto_augment: str | None = None
@@ -51,6 +55,7 @@ class SupervisedView(CropView):
         erase: probability of Random Erasing with normal noise a pixel (arXiv 1708.04896).
         mean: per channel, of pixels in [0, 1]: what RandAugment fills with, and the mean of erasing's noise.
         std: per channel, of erasing's noise.
+        crop_retry: whether a crop that does not fit is drawn again, not cut to the image.
 
     Raises:
         ValueError: an impossible value.
@@ -61,6 +66,7 @@ class SupervisedView(CropView):
     erase: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    crop_retry: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -92,6 +98,17 @@ class SupervisedView(CropView):
         if self.erase:
             image = erased(image, self.erase, self.mean, self.std)
         return {"image": image, "label": torch.tensor(sample["label"])}
+
+    def region(self, image: Tensor) -> tuple[Tensor, bool]:
+        """The part of an image that this view shows, and whether it is to be flipped."""
+        if self.crop_retry:
+            return super().region(image)
+        height, width = image.shape[1:]
+        area = height * width * random.uniform(*self.crop_scale)
+        ratio = math.exp(random.uniform(*(math.log(r) for r in self.crop_ratio)))
+        w, h = min(round(math.sqrt(area * ratio)), width), min(round(math.sqrt(area / ratio)), height)
+        top, left = random.randint(0, height - h), random.randint(0, width - w)
+        return image[:, top : top + h, left : left + w], random.random() < self.flip
 
     def _auto_augment(self, image: Image.Image) -> Image.Image:
         if self.auto_augment == THREE_AUGMENT:

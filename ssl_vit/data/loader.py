@@ -152,9 +152,10 @@ class EvalBatches(Dataset):
     Args:
         index: where the samples are.
         samples: sample numbers of this process, in order.
-        view: without randomness.
+        view: without randomness, unless there is a seed.
         pixels: decoding limits.
         batch_size: samples a batch.
+        seed: of a view with randomness, which becomes a function of it and the sample's number.
     """
 
     index: Index
@@ -162,6 +163,7 @@ class EvalBatches(Dataset):
     view: View
     pixels: Pixels
     batch_size: int
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         self.reader = Reader(self.index)
@@ -180,6 +182,8 @@ class EvalBatches(Dataset):
             except BadSample as error:
                 reports.append(BadReport(0, sample, self.index.describe(sample), str(error)))
                 continue
+            if self.seed is not None:
+                seed_generators(derive_seed(self.seed, VIEW_SEED, sample))
             view = self.view({"image": image, "label": label})
             view["index"] = torch.tensor(place)
             views.append(view)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -105,6 +106,43 @@ class Encoder(nn.Module):
         """
         raise ValueError(f"encoder.name={self.name!r}: this encoder takes images of one size only; allowed: a vit_*")
 
+    @property
+    def stages(self) -> list[nn.Module]:
+        """What :meth:`intermediates` can look behind, in order: blocks; the stages of a Swin or ResNet."""
+        return list(self.model.blocks)
+
+    def intermediates(self, image: Tensor, stages: Sequence[int]) -> list[Tokens]:
+        """Tokens behind some stages of one forward pass, the final norm applied where their width is its.
+
+        Args:
+            image: (B, C, H, W), normalised.
+            stages: numbers from 1, or from -1 backwards; the last gives what :meth:`forward` gives.
+
+        Raises:
+            ValueError: there is no such stage.
+        """
+        modules = self.stages
+        stages = [number_of(stage, len(modules), self.name) for stage in stages]
+        outputs: dict[int, Tensor] = {}
+        handles = []
+        for stage in sorted(set(stages) - {len(modules)}):
+
+            def keep(_: nn.Module, __: tuple, output: Tensor, stage: int = stage) -> None:
+                outputs[stage] = output
+
+            handles.append(modules[stage - 1].register_forward_hook(keep))
+        try:
+            last = self(image)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [last if stage == len(modules) else self.tokens_of(outputs[stage]) for stage in stages]
+
+    def tokens_of(self, output: Tensor) -> Tokens:
+        """The output of a stage as tokens."""
+        tokens = self.model.norm(output)
+        return Tokens(tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :])
+
     def pool(self, tokens: Tokens) -> Tensor:
         """The feature of an image, (B, D), as timm's own forward gives it: here the mean of the patches."""
         return tokens.patches.mean(dim=1)
@@ -173,6 +211,17 @@ class Encoder(nn.Module):
         """Parameter names that the supervised recipes of this architecture do not decay."""
         names = getattr(self.model, "no_weight_decay", set)()
         return {f"model.{name}" for name in names}
+
+
+def number_of(stage: int, count: int, name: str) -> int:
+    """The number from 1 of a stage that may be counted from the end.
+
+    Raises:
+        ValueError: there is no such stage.
+    """
+    if not 1 <= abs(stage) <= count:
+        raise ValueError(f"stage {stage}: allowed for {name}: 1 to {count}, or -1 to -{count} counted from the end")
+    return stage if stage > 0 else count + 1 + stage
 
 
 def encoder_class_of(name: str) -> type[Encoder]:

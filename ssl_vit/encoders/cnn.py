@@ -83,7 +83,7 @@ class CNN(Encoder):
     @property
     def num_layers(self) -> int:
         """The number of the last layer: a classifier."""
-        return sum(len(stage) for stage in self._stages()) + 1
+        return sum(len(stage) for stage in self.stages) + 1
 
     def layer_of(self, name: str) -> int:
         """The layer of a parameter: blocks counted over all stages."""
@@ -91,9 +91,11 @@ class CNN(Encoder):
         if not part[0].startswith("layer"):
             return 0
         stage = int(part[0].removeprefix("layer")) - 1
-        return sum(len(other) for other in self._stages()[:stage]) + int(part[1]) + 1
+        return sum(len(other) for other in self.stages[:stage]) + int(part[1]) + 1
 
-    def _stages(self) -> list[Any]:
+    @property
+    def stages(self) -> list[Any]:
+        """The four stages."""
         return [self.model.layer1, self.model.layer2, self.model.layer3, self.model.layer4]
 
     def forward(self, image: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None) -> Tokens:
@@ -106,5 +108,9 @@ class CNN(Encoder):
         """
         if mask is not None:
             raise ValueError(f"encoder.name={self.name!r}: this encoder masks nothing; allowed: a plain vit_*")
-        patches = self.model.forward_features(image).flatten(2).transpose(1, 2)  # (B, N, D)
+        return self.tokens_of(self.model.forward_features(image))
+
+    def tokens_of(self, output: Tensor) -> Tokens:
+        """The output (B, D, h, w) of a stage."""
+        patches = output.flatten(2).transpose(1, 2)  # (B, N, D)
         return Tokens(patches[:, :0], patches)

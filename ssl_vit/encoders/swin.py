@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssl_vit.config import nearest
 from ssl_vit.encoders.architectures import check_drop_path, check_img_size, check_sizes, height_width
@@ -96,6 +96,16 @@ class Swin(Encoder):
             return 0 if part[0] == "patch_embed" else self.num_layers
         before = sum(self._arguments["depths"][: int(part[1])])
         return before + int(part[3]) + 1 if part[2] == "blocks" else before
+
+    @property
+    def stages(self) -> list[nn.Module]:
+        """The stages; all but the last are wider grids of narrower tokens."""
+        return list(self.model.layers)
+
+    def tokens_of(self, output: Tensor) -> Tokens:
+        """The output (B, h, w, D) of a stage but the last, without norm."""
+        patches = output.flatten(1, 2)
+        return Tokens(patches[:, :0], patches)
 
     def forward(self, image: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None) -> Tokens:
         """Encode an image; masked first patches are replaced by the mask token.

@@ -13,6 +13,8 @@ from ssl_vit.evaluation.features import outputs
 class Accuracy(Evaluation):
     """Share of ``data.val`` whose label is the classifier's first prediction, or among its first five; centre crops."""
 
+    protocol = "the trained classifier on centre crops of data.val"
+
     def __call__(self, subject: Subject) -> dict[str, float]:
         """``top1``, its ``standard_error``, and ``top5`` where there are more than five classes.
 

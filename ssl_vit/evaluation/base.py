@@ -125,6 +125,11 @@ class Subject:
             )
         return subset
 
+    def same_images(self, part: str, other: str) -> bool:
+        """Whether two parts are the same samples, so that a score on one says nothing about unseen images."""
+        a, b = self.subset(part), self.subset(other)
+        return a.index.fingerprint == b.index.fingerprint and np.array_equal(a.samples, b.samples)
+
     @property
     def num_classes(self) -> int:
         """Number of classes of the labelled sets."""
@@ -142,6 +147,9 @@ class Evaluation:
 
     labelled = True
     """Whether it needs ``data.val``."""
+
+    protocol = ""
+    """What is measured and what chose anything that was chosen, for result.json."""
 
     def __call__(self, subject: Subject) -> dict[str, float]:
         """Numbers by name, without the evaluation's own name; the same on every process."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ssl_vit import distributed
 from ssl_vit.config import InputError
-from ssl_vit.data.loader import EvalBatches, iterate
+from ssl_vit.data.loader import EvalBatches, View, iterate
 from ssl_vit.data.views import CentreView
 
 if TYPE_CHECKING:
@@ -24,7 +24,13 @@ def extract(subject: Subject, subset: Subset) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def outputs(subject: Subject, subset: Subset, forward: Callable[[dict[str, Tensor]], Tensor]) -> tuple[Tensor, Tensor]:
+def outputs(
+    subject: Subject,
+    subset: Subset,
+    forward: Callable[[dict[str, Tensor]], Tensor],
+    view: View | None = None,
+    seed: int | None = None,
+) -> tuple[Tensor, Tensor]:
     """What ``forward`` makes of each sample of a set: each once, in their order, on every process.
 
     Every process makes the same number of forward calls, as sharded parameters need.
@@ -33,6 +39,8 @@ def outputs(subject: Subject, subset: Subset, forward: Callable[[dict[str, Tenso
         subject: what is judged; in eval mode meanwhile.
         subset: the samples.
         forward: batch (``image`` normalised, ``label`` int64) -> (B, D).
+        view: default: the centre crop.
+        seed: of a view with randomness.
 
     Returns:
         float32 (n, D) and labels int64 (n,) of the samples that decode.
@@ -41,9 +49,9 @@ def outputs(subject: Subject, subset: Subset, forward: Callable[[dict[str, Tenso
         InputError: none does.
     """
     rank, size = distributed.rank(), distributed.world_size()
-    view = CentreView(subject.img_size, subject.pixels.crop_pct, subject.pixels.interpolation)
+    view = view or CentreView(subject.img_size, subject.pixels.crop_pct, subject.pixels.interpolation)
     mine = subset.samples[rank::size]
-    batches = EvalBatches(subset.index, mine, view, subject.pixels, subject.batch_size)
+    batches = EvalBatches(subset.index, mine, view, subject.pixels, subject.batch_size, seed)
     longest = -(-len(subset.samples) // size)
     calls = max(-(-longest // subject.batch_size), 1)
     blank, first_bad = _blank(subject), ""

@@ -19,41 +19,54 @@ class FewShot(Evaluation):
     """Mean top-1 on ``data.val`` of logistic regressions trained on a few images a class of ``data.probe``.
 
     Args:
-        shots: labelled images a class.
-        draws: random choices of those images; draw i is the same for every encoder and step.
-        penalties: weights of the squared norm to choose from, by five-fold cross-validation on the labelled images.
+        shots: labelled images a class; each is reported as top1_shotsN, the last also as top1
+        draws: random choices of those images; draw i is the same for every encoder and step
+        penalties: weights of the squared norm to choose from, by five-fold cross-validation on the labelled images
     """
 
-    def __init__(self, shots: int = 10, draws: int = 10, penalties: list[float] = PENALTIES) -> None:
-        for name, value in (("shots", shots), ("draws", draws)):
-            if value < 1:
-                raise ValueError(f"{name}={value}: should be at least 1")
+    protocol = (
+        "logistic regression on a few labelled images a class of data.probe, penalty by cross-validation on those "
+        "images alone (the strongest with one image a class), scored on data.val; mean over draws"
+    )
+
+    def __init__(self, shots: list[int] = [1, 5, 10], draws: int = 10, penalties: list[float] = PENALTIES) -> None:  # noqa: B006
+        if not shots or min(shots) < 1:
+            raise ValueError(f"shots={shots}: should be a list of numbers of at least 1, e.g. [1, 5, 10]")
+        if draws < 1:
+            raise ValueError(f"draws={draws}: should be at least 1")
         self.shots, self.draws, self.penalties = shots, draws, penalties
 
     def __call__(self, subject: Subject) -> dict[str, float]:
-        """``top1`` and its ``standard_error``, which holds the spread over draws and the size of the validation set."""
+        """``top1`` and for each number of shots ``top1_shotsN``, with the ``spread_shotsN`` over draws.
+
+        ``standard_error`` is of ``top1``; it holds the spread over draws and the size of the validation set.
+        """
         features, labels = subject.features("probe")
         queries, expected = subject.features("val")
         counts = torch.bincount(labels)
-        if int(counts[counts > 0].min()) < self.shots:
+        if int(counts[counts > 0].min()) < max(self.shots):
             raise InputError(
                 f"evals.few_shot.shots={self.shots}: the smallest class of data.probe has only "
                 f"{int(counts[counts > 0].min())} images; allowed: up to that"
             )
-        accuracies = []
-        for draw in range(self.draws):
-            chosen = self._draw(labels.cpu(), subject.seed + draw)
-            folds = min(5, self.shots)
-            penalties = self.penalties if folds > 1 else self.penalties[:1]
-            classifier, _ = fit_selected(
-                features[chosen], labels[chosen], subject.num_classes, penalties, folds, subject.seed, rounds=folds
-            )
-            accuracies.append(classifier.accuracy(queries, expected))
-        mean = statistics.fmean(accuracies)
-        spread = statistics.stdev(accuracies) / math.sqrt(self.draws) if self.draws > 1 else 0.0
-        return {"top1": mean, "standard_error": math.sqrt(spread**2 + mean * (1 - mean) / len(expected))}
+        results, mean, spread = {}, 0.0, 0.0
+        for shots in self.shots:
+            accuracies = []
+            for draw in range(self.draws):
+                chosen = self._draw(labels.cpu(), shots, subject.seed + draw)
+                folds = min(5, shots)
+                penalties = self.penalties if folds > 1 else self.penalties[:1]
+                classifier, _ = fit_selected(
+                    features[chosen], labels[chosen], subject.num_classes, penalties, folds, subject.seed, rounds=folds
+                )
+                accuracies.append(classifier.accuracy(queries, expected))
+            mean = statistics.fmean(accuracies)
+            spread = statistics.stdev(accuracies) if self.draws > 1 else 0.0
+            results |= {f"top1_shots{shots}": mean, f"spread_shots{shots}": spread}
+        error = math.sqrt(spread**2 / self.draws + mean * (1 - mean) / len(expected))
+        return {"top1": mean, "standard_error": error} | results
 
-    def _draw(self, labels: torch.Tensor, seed: int) -> torch.Tensor:
+    def _draw(self, labels: torch.Tensor, shots: int, seed: int) -> torch.Tensor:
         noise = torch.rand(len(labels), generator=torch.Generator().manual_seed(seed))
         members = [(labels == label).nonzero().flatten() for label in labels.unique()]
-        return torch.cat([m[noise[m].argsort()[: self.shots]] for m in members])
+        return torch.cat([m[noise[m].argsort()[:shots]] for m in members])

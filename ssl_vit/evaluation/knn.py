@@ -23,6 +23,8 @@ class KNN(Evaluation):
         chunk: validation images compared at once.
     """
 
+    protocol = "the vote of the nearest images of data.probe, scored on data.val; an image is never its own neighbour"
+
     def __init__(self, k: list[int] = [20, 10, 100, 200], temperature: float = 0.07, chunk: int = 1024) -> None:  # noqa: B006
         if not k or min(k) < 1:
             raise ValueError(f"k={k}: should be a list of positive numbers, e.g. [20]")
@@ -34,20 +36,17 @@ class KNN(Evaluation):
         """``top1``, its ``standard_error`` and ``top1_kN`` for each k."""
         bank, bank_labels = subject.features("probe")
         queries, labels = subject.features("val")
-        if max(self.k) > len(bank):
-            logger.warning("knn: k is cut to the %d images of data.probe", len(bank))
-        ks = [min(k, len(bank)) for k in self.k]
+        same = subject.same_images("probe", "val")
+        most = len(bank) - same
+        if max(self.k) > most:
+            logger.warning("knn: k is cut to the %d images of data.probe", most)
+        ks = list(dict.fromkeys(min(k, most) for k in self.k))
         rank, size = distributed.rank(), distributed.world_size()
+        own = torch.arange(len(queries), device=bank.device)[rank::size] if same else None
         correct = knn_correct(
-            bank,
-            bank_labels,
-            queries[rank::size],
-            labels[rank::size],
-            ks,
-            self.temperature,
-            subject.num_classes,
-            self.chunk,
-        )
+            bank, bank_labels, queries[rank::size], labels[rank::size], ks, self.temperature, subject.num_classes,
+            self.chunk, own,
+        )  # fmt: skip
         accuracies = (distributed.all_sum(correct).double() / len(labels)).tolist()
         results = {"top1": accuracies[0], "standard_error": standard_error(accuracies[0], len(labels))}
         return results | {f"top1_k{k}": accuracy for k, accuracy in zip(ks, accuracies, strict=True)}
@@ -62,6 +61,7 @@ def knn_correct(
     temperature: float,
     num_classes: int,
     chunk: int,
+    own: Tensor | None = None,
 ) -> Tensor:
     """Number of right votes for each k, exact.
 
@@ -74,6 +74,7 @@ def knn_correct(
         temperature: of the weights.
         num_classes: number of classes.
         chunk: queries compared at once.
+        own: int64 (m,), the place in the bank of each query itself, which does not vote; None: they are not in it.
 
     Returns:
         int64 (len(ks),).
@@ -82,6 +83,8 @@ def knn_correct(
     correct = torch.zeros(len(ks), dtype=torch.int64, device=bank.device)
     for start in range(0, len(queries), chunk):
         similarity = F.normalize(queries[start : start + chunk], dim=1) @ bank.T
+        if own is not None:
+            similarity.scatter_(1, own[start : start + chunk, None], -torch.inf)
         values, neighbours = similarity.topk(max(ks), dim=1)
         weights, classes = (values / temperature).exp(), bank_labels[neighbours]
         for i, k in enumerate(ks):

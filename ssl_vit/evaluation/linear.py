@@ -15,6 +15,11 @@ class Linear(Evaluation):
         penalties: weights of the squared norm to choose from, on a stratified fifth of ``data.probe``.
     """
 
+    protocol = (
+        "logistic regression on standardised frozen features, to convergence; penalty chosen on a stratified fifth of "
+        "data.probe, fitted again on all of it, scored once on data.val"
+    )
+
     def __init__(self, penalties: list[float] = PENALTIES) -> None:
         if not penalties or min(penalties) <= 0:
             raise ValueError(f"penalties={penalties}: should be a list of positive numbers, e.g. [1.0, 0.01, 0.0001]")

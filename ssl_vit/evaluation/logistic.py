@@ -59,8 +59,11 @@ def fit_path(
     # along the principal axes, each scaled by a bound of its curvature (Boehning 1992), all directions are about
     # equally steep: a tenth of the iterations, and the penalty stays what it is, since a rotation keeps lengths
     variances, axes = torch.linalg.eigh(standard.T.double() @ standard.double() / len(standard))
+    # where the features do not vary a penalised weight is zero: fewer images than features need as many axes only
+    varying = variances > 1e-12 * variances[-1]
+    variances, axes = variances[varying], axes[:, varying]
     rotated = standard @ axes.to(dtype)
-    weights = torch.zeros(num_classes, features.shape[1] + 1, dtype=torch.float64)  # the last column is the bias
+    weights = torch.zeros(num_classes, rotated.shape[1] + 1, dtype=torch.float64)  # the last column is the bias
     classifiers = []
     for penalty in penalties:
         scale = torch.cat([variances.clamp_min(0) / 2 + penalty, variances.new_full((1,), 0.5)]).sqrt().cpu()

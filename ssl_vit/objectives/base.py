@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from ssl_vit.config import nearest
 from ssl_vit.encoders.base import Encoder, Tokens
 from ssl_vit.modules.target_cache import TargetCache
 
-CALLS = ("loss", "encode", "predict", "pictures")
+CALLS = ("loss", "encode", "intermediates", "predict", "decide", "pictures")
 """What ``objective(batch, call=...)`` may ask for; an objective has those of which it defines the method."""
 
 
@@ -45,6 +45,7 @@ class Objective(nn.Module):
         views(img_size)         run        picklable callable, decoded sample -> dict of tensors (no batch axis)
         loss(batch)             trainer    (scalar loss, {name: detached scalar}); no ``.item()``
         predict(batch)          evaluations, its output for each image; optional
+        decide(batch)           evaluations, the class that each of several ``heads`` says; optional
         pictures(batch)         evaluations, {name: (B, C, H, W)} in the image's own scale; optional
         before_step(progress)   trainer    sets all that is scheduled
         after_step(applied)     trainer    EMA, centres
@@ -52,6 +53,7 @@ class Objective(nn.Module):
         symptom(values)         trainer    what is wrong, if the logged numbers tell; a warning
         target_facts()          run        what fixed targets depend on beside views and data; needed with target_cache
         hand_over(folder)       report     writes what a finished run leaves beside its encoder; facts for result.json
+        lr_factor(name)         optimizer  factor of a parameter's learning rate
         no_weight_decay()       optimizer  parameter names exempt beside biases and 1-D parameters
 
     Args:
@@ -69,8 +71,8 @@ class Objective(nn.Module):
         self.target_cache: str | None = None
         self.targets: TargetCache | None = None
 
-    def forward(self, batch: dict[str, Tensor], call: str = "loss") -> Any:
-        """Run ``call`` on a batch: the only door to the weights, so that wrappers see every use.
+    def forward(self, batch: dict[str, Tensor], call: str = "loss", **options: Any) -> Any:
+        """Run ``call`` on a batch, with its options: the only door to the weights, so that wrappers see every use.
 
         Raises:
             ValueError: this objective has no such call.
@@ -82,11 +84,15 @@ class Objective(nn.Module):
                 f"call={call!r}: {type(self).__name__} has no such call{nearest(call, known)}; "
                 f"allowed: {', '.join(known)}"
             )
-        return method(batch)
+        return method(batch, **options)
 
     def encode(self, batch: dict[str, Tensor]) -> Tokens:
         """Tokens of ``batch["image"]`` (B, C, H, W), nothing masked."""
         return self.encoder(batch["image"])
+
+    def intermediates(self, batch: dict[str, Tensor], stages: Sequence[int]) -> list[Tokens]:
+        """Tokens behind some stages of the encoder, see :meth:`ssl_vit.encoders.base.Encoder.intermediates`."""
+        return self.encoder.intermediates(batch["image"], stages)
 
     def views(self, img_size: tuple[int, int]) -> Callable[[dict[str, Any]], dict[str, Tensor]]:
         """The training view of this objective: ``self.view`` at a size, unless more of it depends on the size."""
@@ -134,6 +140,10 @@ class Objective(nn.Module):
             Plain values by name, which go into result.json.
         """
         return {}
+
+    def lr_factor(self, name: str) -> float:
+        """What the learning rate of a parameter is multiplied with."""
+        return 1.0
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are not decayed, beside biases and 1-D parameters."""

@@ -28,9 +28,22 @@ class MetricsLog:
         total_steps: for the progress display.
         tensorboard: also write ``RUN/tensorboard``.
         active: False on all but the main process: every method does nothing.
+        events: folder for TensorBoard in the place of ``RUN/tensorboard``.
     """
 
-    def __init__(self, folder: Path, start_step: int, total_steps: int, tensorboard: bool, active: bool = True) -> None:
+    KEEP_ALL = 10**12
+    """A start step that cuts nothing off."""
+
+    def __init__(
+        self,
+        folder: Path,
+        start_step: int,
+        total_steps: int,
+        tensorboard: bool,
+        active: bool = True,
+        events: Path | None = None,
+    ) -> None:
+        self.events = events or folder / "tensorboard"
         self.active, self.total_steps, self.start_step = active, total_steps, start_step
         self.writer: Any = None
         self.bar: Any = None
@@ -40,16 +53,16 @@ class MetricsLog:
         truncate_metrics(self.path, start_step)
         self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
         if tensorboard:
-            self._tracker("open", lambda: self._open_tensorboard(folder, start_step))
+            self._tracker("open", lambda: self._open_tensorboard(start_step))
         if sys.stderr.isatty():
             from tqdm import tqdm
 
             self.bar = tqdm(total=total_steps, initial=max(start_step, 0), unit="step", dynamic_ncols=True)
 
-    def _open_tensorboard(self, folder: Path, start_step: int) -> None:
+    def _open_tensorboard(self, start_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+        self.writer = SummaryWriter(str(self.events), purge_step=start_step + 1)
 
     def _tracker(self, what: str, action: Any) -> None:
         try:
@@ -121,7 +134,7 @@ class MetricsLog:
         self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
         if self.writer is not None:
             self._tracker("close", self.writer.close)
-            self._tracker("open", lambda: self._open_tensorboard(self.path.parent, step))
+            self._tracker("open", lambda: self._open_tensorboard(step))
         if self.bar is not None:
             self.bar.n = step
 

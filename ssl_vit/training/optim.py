@@ -19,7 +19,8 @@ class OptimSection(Section):
     """The optimizer and its schedule.
 
     Args:
-        name: optimizer
+        name: adamw; sgd; lars: SGD whose step is scaled to each weight matrix (arXiv 1708.03888), trust 0.001, biases
+            and other one-dimensional parameters as in SGD
         batch_size: images a step, over all devices
         epochs: length of the training
         base_lr: peak learning rate per lr_divisor images
@@ -34,14 +35,14 @@ class OptimSection(Section):
         weight_decay_end: weight decay at the end, reached per step on half a cosine; null: constant
         layer_decay: each layer of the encoder learns with this factor of the layer above it, a classifier with the
             whole learning rate; null: all alike
-        betas: AdamW's; SGD uses the first as momentum
+        betas: AdamW's; SGD and LARS use the first as momentum
         eps: AdamW's
         clip_grad: largest norm of the gradients; null: no clipping
         clip_mode: norm: all gradients together; per_parameter: the gradient of each parameter for itself
         max_skips: after so many steps in a row with a loss or gradients that are not finite, go back to a checkpoint
     """
 
-    name: Literal["adamw", "sgd"] = "adamw"
+    name: Literal["adamw", "sgd", "lars"] = "adamw"
     batch_size: int = Field(default=4096, ge=1)
     epochs: DurationField = Duration(800, "epochs")
     base_lr: float = Field(default=1.5e-4, gt=0)
@@ -107,10 +108,10 @@ def parameter_groups(objective: nn.Module, weight_decay: float, layer_decay: flo
     for name, parameter in objective.named_parameters():
         if not parameter.requires_grad:
             continue
-        scale = 1.0
+        scale = objective.lr_factor(name)  # pyright: ignore[reportCallIssue]
         if layer_decay is not None:
             layer, last = layer_of(objective, name)
-            scale = layer_decay ** (last - layer)
+            scale *= layer_decay ** (last - layer)
         decayed = is_decayed(name, parameter, exempt)
         group = groups.setdefault(
             (not decayed, -scale),
@@ -125,12 +126,19 @@ def parameter_groups(objective: nn.Module, weight_decay: float, layer_decay: flo
 
 
 def build_optimizer(objective: nn.Module, optim: OptimSection) -> torch.optim.Optimizer:
-    """AdamW (fused) or SGD over :func:`parameter_groups`, at the peak learning rate."""
+    """AdamW (fused), SGD or LARS over :func:`parameter_groups`, at the peak learning rate."""
     groups = parameter_groups(objective, optim.weight_decay, optim.layer_decay)
     if not groups:
         raise ValueError("the objective has no trainable parameters")
     if optim.name == "sgd":
         return torch.optim.SGD(groups, lr=absolute_lr(optim), momentum=optim.betas[0], fused=True)
+    if optim.name == "lars":
+        from timm.optim.lars import Lars
+
+        lars: Any = Lars
+        for group in groups:  # as MAE has it: what is not decayed is not adapted either
+            group["always_adapt"] = group["decayed"]
+        return lars(groups, lr=absolute_lr(optim), momentum=optim.betas[0])
     return torch.optim.AdamW(groups, lr=absolute_lr(optim), betas=optim.betas, eps=optim.eps, fused=True)
 
 

@@ -1,0 +1,37 @@
+"""Ways to make one feature of an image from its tokens, as probes have them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ssl_vit.config import nearest
+from ssl_vit.encoders.base import Tokens
+
+POOLS = ("token", "avg", "both")
+
+
+def pooled(tokens: Tokens, pool: str) -> Tensor:
+    """The class token, the mean of the patches, or both side by side, (B, D) or (B, 2 D).
+
+    Raises:
+        ValueError: the encoder has no class token.
+    """
+    if pool != "avg" and not tokens.prefix.shape[1]:
+        raise ValueError(f"pool={pool!r}: this encoder has no class token; allowed: avg")
+    parts = {"token": lambda: tokens.prefix[:, 0], "avg": lambda: tokens.patches.mean(dim=1)}
+    return torch.cat([part() for name, part in parts.items() if pool in (name, "both")], dim=1)
+
+
+def check_pools(pools: Sequence[str], allowed: Sequence[str] = POOLS) -> None:
+    """Refuse what is not a way of pooling.
+
+    Raises:
+        ValueError: naming it.
+    """
+    wrong = [pool for pool in pools if pool not in allowed]
+    if wrong or not pools:
+        hint = nearest(wrong[0], allowed) if wrong else ""
+        raise ValueError(f"pools={list(pools)}: allowed: some of {', '.join(allowed)}{hint}")

@@ -1,0 +1,132 @@
+"""Judging the checkpoints of a run while it is being trained, each of them once."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+import torch
+
+from ssl_vit import build, distributed
+from ssl_vit.config import InputError
+from ssl_vit.data.bad_samples import BadSamples
+from ssl_vit.encoders.base import Encoder
+from ssl_vit.encoders.weights import fill_encoder
+from ssl_vit.objectives.base import Objective
+from ssl_vit.recipe import EvaluationRecipe
+from ssl_vit.run import measure, subject_of
+from ssl_vit.training.checkpoint import Checkpoints
+from ssl_vit.training.launch import Launch
+from ssl_vit.training.metrics import MetricsLog, read_metrics
+from ssl_vit.training.run_folder import RunFolder
+from ssl_vit.training.signals import Interrupted, Preempted, StopRequest
+
+logger = logging.getLogger(__name__)
+
+POLL = 5.0
+"""Seconds between two looks at the run."""
+ENDED = -2
+NOTHING_NEW = -1
+
+
+def check_watched(path: Path) -> RunFolder:
+    """The run to watch.
+
+    Raises:
+        InputError: there is none.
+    """
+    folder = RunFolder(path)
+    if not (folder.path / "recipe.yaml").is_file():
+        raise InputError(
+            f"--watch {path}: holds no run (no recipe.yaml); give the run.dir of a training that has begun"
+        )
+    return folder
+
+
+def watch(recipe: EvaluationRecipe, path: Path) -> None:
+    """Measure every checkpoint of a run with all of ``evals``, until the run is finished and nothing is left.
+
+    Numbers go to ``RUN/watch/metrics.jsonl`` and ``RUN/tensorboard/watch``; what is measured there is not measured
+    again, whenever this is started.
+
+    Args:
+        recipe: of the measurements.
+        path: of the run.
+    """
+    with StopRequest() as stop:
+        run, place = check_watched(path), RunFolder(path / "watch")
+        launch = Launch.asked_for().replicated()
+        pixels = build.resolve_pixels(recipe.data, recipe.encoder)
+        precision = build.resolve_precision(recipe)
+        objective = Objective(build.build_encoder(recipe.encoder)).requires_grad_(False).eval()
+        sets = build.open_sets(recipe.data)
+        evaluations = build.build_evaluations(recipe.evals, labelled=sets.val is not None)
+        workers = build.loader_workers(recipe.run)
+        place.lock()
+        accelerator = launch.open(precision, recipe.run.deterministic)
+        main, device = accelerator.is_main_process, accelerator.device
+        if main:
+            place.path.mkdir(parents=True, exist_ok=True)
+        events = run.path / "tensorboard" / "watch"
+        log = MetricsLog(place.path, MetricsLog.KEEP_ALL, 0, recipe.run.tensorboard, main, events)
+        encoder = objective.to(device).encoder
+        bad = BadSamples(place.path / "bad_samples.jsonl", 1.0)
+        subject = subject_of(recipe, encoder, objective, pixels, sets, device, workers, log, bad)
+        subject.pause_point = lambda: stop.check(device)
+        stop.waits, lost = True, set[int]()
+        try:
+            while True:
+                subject.pause_point()
+                found = next_step(run, place, list(evaluations), lost) if main else ENDED
+                step = int(distributed.all_max(torch.tensor(found, device=device)).item())
+                if step == ENDED:
+                    break
+                if step == NOTHING_NEW:
+                    time.sleep(POLL)
+                    continue
+                if int(distributed.all_max(torch.tensor(not load(encoder, run, step), device=device)).item()):
+                    logger.warning("step %d: its checkpoint was deleted before it was read; see run.keep_last", step)
+                    lost.add(step)
+                    continue
+                due = {name: e for name, e in evaluations.items() if name not in measured(place).get(step, ())}
+                distributed.barrier()  # nobody may look after the main process has written
+                with accelerator.autocast():
+                    results = measure(subject.at(step), due)
+                log.evaluation(step, results)
+        except Interrupted:
+            raise Preempted(0, None, stop.name()) from None
+        finally:
+            log.close()
+        logger.info("%s: the run is %s and every checkpoint that is kept is measured", path, run.read_status()["state"])
+
+
+def load(encoder: Encoder, run: RunFolder, step: int) -> bool:
+    """Fill an encoder from the checkpoint of a step; False: the run has deleted it meanwhile."""
+    folder = Checkpoints(run.checkpoints).path(step)
+    try:
+        fill_encoder(encoder, folder)
+    except (InputError, OSError):
+        if folder.is_dir():
+            raise
+        return False
+    return True
+
+
+def measured(place: RunFolder) -> dict[int, set[str]]:
+    """Names of the evaluations that are there of each step."""
+    file = place.path / "metrics.jsonl"
+    done: dict[int, set[str]] = {}
+    for line in read_metrics(file) if file.is_file() else ():
+        done.setdefault(line["step"], set()).update(name.partition("/")[0] for name in line if name != "step")
+    return done
+
+
+def next_step(run: RunFolder, place: RunFolder, names: list[str], lost: set[int]) -> int:
+    """The first step that is saved and not measured; else whether one may still come (NOTHING_NEW) or not (ENDED)."""
+    ended = run.read_status().get("state") in ("finished", "failed")  # read first: what it saved last is there by now
+    done = measured(place)
+    for step in Checkpoints(run.checkpoints).steps():
+        if step not in lost and set(names) - done.get(step, set()):
+            return step
+    return ENDED if ended else NOTHING_NEW
