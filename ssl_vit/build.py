@@ -20,12 +20,14 @@ from ssl_vit.data.order import Order, Stream, derive_seed
 from ssl_vit.data.sources import open_source
 from ssl_vit.encoders.base import Encoder, create_encoder
 from ssl_vit.encoders.weights import encoder_config, fill_encoder, fill_objective
-from ssl_vit.evaluation.base import Evaluation, Subset, split_by_key
+from ssl_vit.evaluation.base import Evaluation, Subset, first_by_key, split_by_key
 from ssl_vit.modules.target_cache import TargetCache
 from ssl_vit.objectives.base import Objective
 from ssl_vit.recipe import (
     FILLED,
+    AnyRecipe,
     DataSection,
+    EmbeddingRecipe,
     EvaluationRecipe,
     Recipe,
     RunSection,
@@ -77,7 +79,7 @@ def build_objective(recipe: Recipe) -> Objective:
     return objective
 
 
-def build_frozen(recipe: EvaluationRecipe) -> Objective:
+def build_frozen(recipe: EvaluationRecipe | EmbeddingRecipe) -> Objective:
     """An encoder that is only measured: from ``encoder.init``, else at its architecture's initialisation."""
     torch.manual_seed(recipe.seed)
     objective = Objective(build_encoder(recipe.encoder))
@@ -176,15 +178,18 @@ def open_sets(data: DataSection, opened: dict[str, Index] | None = None) -> Sets
         )
     everything = Subset.all(val)
     if data.probe is not None:
-        probe = open_data(data, data.probe, opened)
-        if not probe.labelled or probe.classes != val.classes:
+        index = open_data(data, data.probe, opened)
+        if not index.labelled or index.classes != val.classes:
             raise InputError(f"data.probe={data.probe}: should have the classes of data.val: {_few(val.classes)}")
-        return Sets(train, everything, "probes train on data.probe, scored on data.val", Subset.all(probe), everything)
-    if len(train) == 1 and train[0].labelled and train[0].classes == val.classes:
-        rule = "probes train on data.train, scored on data.val"
-        return Sets(train, everything, rule, Subset.all(train[0]), everything)
-    rule = "probes train on 80 % of data.val, scored on the other 20 % (stratified, by hash of the key)"
-    return Sets(train, everything, rule, *split_by_key(everything, 0.2))
+        probe, scored, rule = Subset.all(index), everything, "probes train on data.probe, scored on data.val"
+    elif len(train) == 1 and train[0].labelled and train[0].classes == val.classes:
+        probe, scored, rule = Subset.all(train[0]), everything, "probes train on data.train, scored on data.val"
+    else:
+        rule = "probes train on 80 % of data.val, scored on the other 20 % (stratified, by hash of the key)"
+        probe, scored = split_by_key(everything, 0.2)
+    if data.probe_images is not None and data.probe_images < len(probe.samples):
+        probe, rule = first_by_key(probe, data.probe_images), f"{rule}; training on {data.probe_images} images"
+    return Sets(train, everything, rule, probe, scored)
 
 
 def open_targets(objective: Objective, recipe: Recipe, sets: Sets, stream: Stream) -> None:
@@ -241,7 +246,7 @@ def _few(names: list[str] | None) -> str:
     return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
 
 
-def resolve_precision(recipe: Recipe | EvaluationRecipe) -> str:
+def resolve_precision(recipe: AnyRecipe) -> str:
     """``auto`` becomes bf16 on a GPU that computes in it, else no."""
     if recipe.mixed_precision == "auto":
         recipe.mixed_precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"

@@ -152,6 +152,30 @@ def evaluate(doc: str | None, pipeline: str, default: str, trains: str | None = 
     _door(doc, pipeline, section, lambda words: default, lambda v: guard(v) if "objective" in v else None, start)
 
 
+def embed(doc: str | None, pipeline: str, default: str) -> None:
+    """The door of ``embed.py``; arguments as for :func:`evaluate`."""
+    from ssl_vit.recipe import EmbeddingRecipe
+
+    def start(recipe: EmbeddingRecipe, arguments: Arguments) -> None:
+        from ssl_vit import embed
+
+        embed.embed(recipe, arguments.resume)
+
+    _door(doc, pipeline, lambda values: EmbeddingRecipe, lambda words: default, lambda values: None, start)
+
+
+def transfer(doc: str | None, pipeline: str, default: str) -> None:
+    """The door of ``transfer.py``; arguments as for :func:`evaluate`."""
+    from ssl_vit.recipe import TransferRecipe
+
+    def start(recipe: TransferRecipe, arguments: Arguments) -> None:
+        from ssl_vit import transfer
+
+        transfer.transfer(recipe, arguments.resume)
+
+    _door(doc, pipeline, lambda values: TransferRecipe, lambda words: default, lambda values: None, start)
+
+
 def refuse(error: InputError) -> NoReturn:
     """End with the one clear message of bad input."""
     print(f"error: {'; '.join(str(error).splitlines())}", file=sys.stderr)
@@ -280,7 +304,7 @@ def help_text(doc: str | None, section: type[Section], values: dict[str, Any]) -
         cls = objective_class(check(Recipe, values))
         lines += ["", f"objective {values['objective']['name']}:"]
         lines += help_lines(signature_section(cls, FILLED), "objective.")
-    for part in part_names("ssl_vit.evaluation", "Evaluation"):
+    for part in part_names("ssl_vit.evaluation", "Evaluation") if "evals" in section.model_fields else ():
         cls = evaluation_class(part)
         lines += ["", f"evaluation {part}:"]
         if section is Recipe:

@@ -36,6 +36,7 @@ class DataSection(Section):
         val: labelled images that evaluations score; without it only label-free measures
         probe: labelled images that evaluations train on; default: train if it has val's classes, else 80 % of
             val
+        probe_images: evaluations train on so many images of data.probe only, chosen by hash of the key
         labels: none: ignore the class folders of folder: and hf: sources
         mean: per channel, of pixels in [0, 1]; default: ImageNet's, or the initial encoder's
         std: per channel; default as mean
@@ -57,6 +58,7 @@ class DataSection(Section):
     weights: list[float] | None = None
     val: str | None = None
     probe: str | None = None
+    probe_images: int | None = Field(default=None, ge=2)
     labels: Literal["auto", "none"] = "auto"
     mean: list[float] | None = None
     std: list[float] | None = None
@@ -143,6 +145,75 @@ class EvaluationRecipe(Section):
     run: RunSection = Field(default_factory=lambda: RunSection())
 
 
+class EmbedSection(Section):
+    """What is written of each image.
+
+    Args:
+        format: parquet: key, label and feature; npy: features, and a jsonl file of keys and labels beside it
+        pool: pool: the encoder's own feature; token: class token; avg: mean of the patches; both: side by side
+        stages: blocks whose features stand side by side, from 1, or from -1 backwards
+    """
+
+    format: Literal["parquet", "npy"] = "parquet"
+    pool: str = "pool"
+    stages: list[int] = Field(default_factory=lambda: [-1])
+
+
+class EmbeddingRecipe(Section):
+    """Features of every image of data.train.
+
+    Args:
+        seed: of an encoder without init
+        mixed_precision: auto: bf16 on a GPU that has it, else no
+        encoder: init: a run, checkpoint, export or file; or a timm name and arguments
+    """
+
+    seed: int = Field(default=0, ge=0)
+    mixed_precision: Precision = "auto"
+    encoder: dict[str, Any]
+    data: DataSection = Field(default_factory=lambda: DataSection())
+    embed: EmbedSection = Field(default_factory=lambda: EmbedSection())
+    run: RunSection = Field(default_factory=lambda: RunSection())
+
+
+class SetSection(Section):
+    """A labelled set.
+
+    Args:
+        name: in the table, and of its folder
+        group: sets whose mean is given too
+        train: images that evaluations train on
+        val: images that are scored
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
+    group: str = "sets"
+    train: str
+    val: str
+
+
+class TransferRecipe(EvaluationRecipe):
+    """A measurement of an encoder on many labelled sets.
+
+    Args:
+        seed: of everything random
+        mixed_precision: auto: bf16 on a GPU that has it, else no
+        encoder: init: a run, checkpoint, export or file; or a timm name and arguments
+        evals: evaluations by name, with constructor arguments
+        sets: name, group, train, val of each set
+        train_images: evaluations train on so many images of each set; 1000 with evals.sweep is VTAB's 800, and
+            200 to choose on (a fifth of each class); null: all
+        missing: a set that is not at hand: skip it and say so in the table, or stop before anything is measured
+    """
+
+    sets: list[SetSection] = Field(default_factory=list)
+    train_images: int | None = Field(default=None, ge=2)
+    missing: Literal["stop", "skip"] = "stop"
+
+
+AnyRecipe = Recipe | EvaluationRecipe | EmbeddingRecipe
+
+
 def objective_class(recipe: Recipe) -> type:
     """The class that ``objective.name`` names."""
     name = recipe.objective.get("name")
@@ -171,7 +242,7 @@ def open_section(cls: type, values: Mapping[str, Any], where: str, skip: tuple[s
     return {name: getattr(section, name) for name in type(section).model_fields}
 
 
-RecipeT = TypeVar("RecipeT", bound=Recipe | EvaluationRecipe)
+RecipeT = TypeVar("RecipeT", bound=AnyRecipe)
 
 
 def check_recipe(recipe: RecipeT) -> RecipeT:
@@ -180,9 +251,10 @@ def check_recipe(recipe: RecipeT) -> RecipeT:
     Raises:
         InputError: naming the key, its value, what is allowed and the nearest known key.
     """
-    recipe.evals = {
-        name: _complete_evaluation(name, values) for name, values in recipe.evals.items() if values is not None
-    }
+    if not isinstance(recipe, EmbeddingRecipe):
+        recipe.evals = {
+            name: _complete_evaluation(name, values) for name, values in recipe.evals.items() if values is not None
+        }
     recipe.encoder = _complete_encoder(recipe.encoder)
     if isinstance(recipe, Recipe):
         values = {key: value for key, value in recipe.objective.items() if key not in ("name", "init")}
@@ -203,6 +275,10 @@ def check_recipe(recipe: RecipeT) -> RecipeT:
             raise InputError(
                 f"run.keep_best={recipe.run.keep_best!r}: allowed: numbers of evals: {allowed}; e.g. knn/top1"
             )
+    if isinstance(recipe, TransferRecipe):
+        names = [row.name for row in recipe.sets]
+        if not names or len(set(names)) < len(names):
+            raise InputError(f"sets={names}: at least one is needed, each with a name of its own")
     chans = recipe.encoder.get("in_chans", 3)
     for key in ("mean", "std"):
         numbers = getattr(recipe.data, key)

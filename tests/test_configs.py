@@ -25,7 +25,14 @@ from ssl_vit.build import build_encoder, build_evaluations, build_objective
 from ssl_vit.config import check, load, plain, to_yaml
 from ssl_vit.modules.feature_teacher import FeatureTeacherSection
 from ssl_vit.modules.tokenizer import TokenizerFile
-from ssl_vit.recipe import EvaluationRecipe, Recipe, check_recipe, objective_class
+from ssl_vit.recipe import (
+    EmbeddingRecipe,
+    EvaluationRecipe,
+    Recipe,
+    TransferRecipe,
+    check_recipe,
+    objective_class,
+)
 from ssl_vit.run import run
 from ssl_vit.training.optim import absolute_lr
 
@@ -245,3 +252,18 @@ def test_objectives_are_built_from_the_seed() -> None:
     name = "encoder.model.blocks.0.attn.qkv.weight"
     assert torch.equal(first.state_dict()[name], second.state_dict()[name])
     assert not torch.equal(first.state_dict()[name], other.state_dict()[name])
+
+
+@pytest.mark.parametrize(("folder", "section"), [("embed", EmbeddingRecipe), ("transfer", TransferRecipe)])
+def test_other_measuring_recipes_load(folder: str, section: type) -> None:
+    for file in sorted((ROOT / "configs" / folder).glob("*.yaml")):
+        recipe = check_recipe(check(section, load([file], ["encoder.name=vit_tiny_patch16_224"])))
+        assert recipe.run.dir.startswith("runs/"), file
+
+
+def test_vtab_is_whole() -> None:
+    recipe = check(TransferRecipe, load([ROOT / "configs" / "transfer" / "vtab.yaml"], []))
+    groups = [row.group for row in recipe.sets]
+    assert {group: groups.count(group) for group in groups} == {"natural": 7, "specialised": 4, "structured": 8}
+    assert recipe.train_images == 1000
+    assert recipe.missing == "skip"

@@ -46,6 +46,17 @@ class Subset:
         return np.asarray(self.index.samples["label"][self.samples], dtype=np.int64)
 
 
+def _by_key(subset: Subset) -> list[int]:
+    """The places of a set's samples in the order of the hashes of their keys, which no packing changes."""
+    digests = [hashlib.sha256(subset.index.key(int(sample)).encode()).digest() for sample in subset.samples]
+    return sorted(range(len(digests)), key=lambda i: (digests[i], int(subset.samples[i])))
+
+
+def first_by_key(subset: Subset, count: int) -> Subset:
+    """``count`` samples of a set, chosen by the hash of each sample's key, in the set's own order."""
+    return Subset(subset.index, subset.samples[np.sort(_by_key(subset)[:count])])
+
+
 def split_by_key(subset: Subset, share: float) -> tuple[Subset, Subset]:
     """Two parts of a labelled set, stratified by class and decided by the hash of each sample's key.
 
@@ -53,8 +64,7 @@ def split_by_key(subset: Subset, share: float) -> tuple[Subset, Subset]:
         subset: labelled samples.
         share: of each class that goes to the second part, at least one sample of a class with two or more.
     """
-    digests = [hashlib.sha256(subset.index.key(int(sample)).encode()).digest() for sample in subset.samples]
-    order = sorted(range(len(digests)), key=lambda i: (digests[i], int(subset.samples[i])))
+    order = _by_key(subset)
     labels = subset.labels
     second = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):

@@ -11,6 +11,8 @@ from ssl_vit.config import nearest
 from ssl_vit.encoders.base import Tokens
 
 POOLS = ("token", "avg", "both")
+OWN, ATTENTIVE = "pool", "attentive"
+"""The encoder's own feature of its last block, and a learned query that attends to the patches."""
 
 
 def pooled(tokens: Tokens, pool: str) -> Tensor:

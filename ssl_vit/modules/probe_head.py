@@ -7,10 +7,8 @@ from torch import Tensor, nn
 
 from ssl_vit.encoders.architectures import default_heads
 from ssl_vit.encoders.base import Tokens
-from ssl_vit.modules.pools import pooled
+from ssl_vit.modules.pools import ATTENTIVE, OWN, pooled
 from ssl_vit.modules.supervised import classifier
-
-OWN, ATTENTIVE = "pool", "attentive"
 
 
 class ProbeHead(nn.Module):

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ssl_vit.data.augment import AugmentSection, SupervisedView
 from ssl_vit.encoders.base import Encoder, number_of
-from ssl_vit.modules.pools import POOLS, check_pools
-from ssl_vit.modules.probe_head import ATTENTIVE, OWN, ProbeHead
+from ssl_vit.modules.pools import ATTENTIVE, OWN, POOLS, check_pools
+from ssl_vit.modules.probe_head import ProbeHead
 from ssl_vit.modules.supervised import check_classes
 from ssl_vit.objectives.base import Objective
 
