@@ -16,6 +16,7 @@ from torch import Tensor
 from ssl_vit.config import InputError
 from ssl_vit.config import load as load_yaml
 from ssl_vit.encoders.base import encoder_class_of
+from ssl_vit.encoders.transformers_layout import encoder_arguments, is_transformers, stated_pixels, timm_names
 
 CONTAINERS = ("model", "state_dict", "model_state_dict", "module", "teacher")
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -95,6 +96,8 @@ def load_state(path: str | Path, whole: bool = False) -> dict[str, Tensor]:
     if broken:
         raise InputError(f"{file}: weights that are not finite: {', '.join(broken[:5])}; use an earlier checkpoint")
     state = {".".join(part for part in name.split(".") if part not in WRAPPERS): state[name] for name in state}
+    if is_transformers(state):
+        return timm_names(state)
     while prefix := next((p for p in COMMON_PREFIXES if all(name.startswith(p) for name in state)), None):
         state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     return state
@@ -163,6 +166,8 @@ def _from_timm_config(file: Path) -> dict[str, Any]:
         config = json.loads(file.read_text(encoding="utf-8"))
         if "ssl_vit" in config:
             return {**config["ssl_vit"]["encoder"], "data": config["ssl_vit"]["data"]}
+        if "model_type" in config:
+            return _from_transformers(file, config)
         name, arguments = config["architecture"], dict(config.get("model_args") or {})
         stated = config.get("pretrained_cfg") or config
     except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -178,6 +183,15 @@ def _from_timm_config(file: Path) -> dict[str, Any]:
     except (ValueError, RuntimeError) as error:
         raise InputError(f"{file}: cannot be built here: {error}") from None
     return {**built, "data": {key: stated[key] for key in DATA_KEYS if stated.get(key) is not None}}
+
+
+def _from_transformers(file: Path, config: dict[str, Any]) -> dict[str, Any]:
+    beside = file.with_name("preprocessor_config.json")
+    data = stated_pixels(json.loads(beside.read_text(encoding="utf-8"))) if beside.is_file() else {}
+    try:
+        return {**encoder_arguments(config), "data": data}
+    except ValueError as error:
+        raise InputError(f"{file}: cannot be built here: {error}") from None
 
 
 def _timm_facts(name: str, arguments: dict[str, Any], stated: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,10 @@ __all__ = ["LoadReport", "encoder_config", "fill_encoder", "fill_objective", "fi
 
 OWN_PREFIX = "encoder.model."
 PREFIXES = ("", OWN_PREFIX, "encoder.", "backbone.", "model.")
-NOT_ENCODER = ("decoder", "mask_token", "head", "fc.", "lm_head", "cls_pt_")
+NOT_ENCODER = (
+    "decoder", "mask_token", "masked_embed", "head", "fc.", "lm_head", "cls_pt_", "pooler.", "classifier.",
+    "cls_classifier.", "distillation_classifier.",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,9 @@ class LoadReport:
 def fill_encoder(encoder: Encoder, path: str | Path) -> LoadReport:
     """Fill an encoder (``encoder.init=``).
 
-    Takes MAE's official layout (encoder only or full), timm's, our checkpoints, timm folders and runs. Position
-    tables of another grid are resized, or computed anew where both are MAE's fixed table.
+    Takes the layouts of MAE, BEiT, DeiT, SimMIM, DINO and iBOT (of a whole checkpoint the teacher), timm's,
+    transformers', our checkpoints, timm folders and runs. Position tables of another grid are resized, or computed anew
+    where both are MAE's fixed table.
 
     Args:
         encoder: the encoder to fill.
@@ -109,10 +113,11 @@ def fill_objective(objective: nn.Module, path: str | Path) -> LoadReport:
     _compare_names(state, own, where)
     notes = []
     if f"{OWN_PREFIX}pos_embed" in own:
-        fitted, note = _fit_positions(encoder, state[f"{OWN_PREFIX}pos_embed"], _stored_grid(path), where)
+        given = state[f"{OWN_PREFIX}pos_embed"]
+        fitted, note = _fit_positions(encoder, given, _stored_grid(path), where)
         state[f"{OWN_PREFIX}pos_embed"] = fitted
-        if note:
-            notes.append(note)
+        notes += [note] if note else []
+        if fitted is not given:  # another grid: the decoder's table is of that grid too
             fixed = [n for n, p in objective.named_parameters() if n.endswith("pos_embed") and not p.requires_grad]
             for name in [name for name in fixed if not name.startswith("encoder.")]:
                 state[name] = own[name]
@@ -130,11 +135,11 @@ def _encoder_part(state: dict[str, Tensor], anchor: str, where: str) -> tuple[di
             f"{where}: no encoder tensor matches: {anchor} is not there, under none of the prefixes "
             f"{', '.join(p for p in PREFIXES if p)}; its names: {_some(state)}"
         )
-    if prefix:
-        ignored = [name for name in state if not name.startswith(prefix)]
-    else:
-        ignored = [name for name in state if name.startswith(NOT_ENCODER)]
-    return {n.removeprefix(prefix): t for n, t in state.items() if n not in set(ignored)}, _groups(ignored)
+    ignored = {
+        name for name in state if not name.startswith(prefix) or name.removeprefix(prefix).startswith(NOT_ENCODER)
+    }
+    kept = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name not in ignored}
+    return kept, _groups(name for name in state if name in ignored)
 
 
 def _groups(names: Iterable[str]) -> tuple[str, ...]:

@@ -1,0 +1,159 @@
+"""Encoders out of the files of others: transformers' folders, DINO's and iBOT's checkpoints, equal to their makers'."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import TINY_ENCODER, run_python
+from transformers import (
+    BeitConfig,
+    BeitForMaskedImageModeling,
+    BeitModel,
+    DeiTConfig,
+    DeiTForImageClassificationWithTeacher,
+    SwinConfig,
+    SwinModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
+    ViTModel,
+)  # fmt: skip
+
+from ssl_vit.config import InputError
+from ssl_vit.encoders.base import create_encoder
+from ssl_vit.encoders.weights import encoder_config, fill_encoder, fill_objective
+from ssl_vit.objectives.mae import MAE
+
+transformers.logging.set_verbosity_error()
+SIZES: dict[str, Any] = {
+    "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 192, "image_size": 32,
+    "patch_size": 8, "layer_norm_eps": 1e-6,
+}  # fmt: skip
+DECODER = {
+    "decoder_hidden_size": 32, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2,
+    "decoder_intermediate_size": 128, "norm_pix_loss": True,
+}  # fmt: skip
+RELATIVE = {"use_relative_position_bias": True}
+SHARED = {"use_shared_relative_position_bias": True, "use_relative_position_bias": False}
+SWIN = {"image_size": 32, "patch_size": 4, "embed_dim": 24, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4}
+MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "vit": (ViTModel, ViTConfig, SIZES),
+    "vit classifier": (ViTForImageClassification, ViTConfig, SIZES),
+    "mae": (ViTMAEForPreTraining, ViTMAEConfig, SIZES | DECODER),
+    "deit": (DeiTForImageClassificationWithTeacher, DeiTConfig, SIZES),
+    "beit": (BeitModel, BeitConfig, SIZES | RELATIVE),
+    "beit, token": (BeitModel, BeitConfig, SIZES | SHARED | {"use_mean_pooling": False}),
+    "beit pretraining": (BeitForMaskedImageModeling, BeitConfig, SIZES | SHARED),
+    "swin": (SwinModel, SwinConfig, SWIN),
+}
+
+
+def saved(kind: str, folder: Path) -> Any:
+    """A model with random weights everywhere, as a folder."""
+    cls, config, arguments = MODELS[kind]
+    torch.manual_seed(0)
+    model = cls(config(**arguments)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "position_embeddings" not in name and "decoder_pos_embed" not in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder)
+    return model
+
+
+def tokens_of(model: Any, image: torch.Tensor) -> torch.Tensor:
+    """All tokens behind the final norm, as transformers computes them."""
+    inner = next((getattr(model, name) for name in ("vit", "deit", "beit", "swin") if hasattr(model, name)), model)
+    if isinstance(model, ViTMAEForPreTraining):
+        inner.config.mask_ratio = 0.0  # its random order is put back
+        count = (32 // 8) ** 2
+        return inner(image, noise=torch.arange(count)[None].expand(len(image), -1).float()).last_hidden_state
+    found = inner(image).last_hidden_state
+    return model.layernorm(found) if isinstance(model, BeitForMaskedImageModeling) else found
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_transformers_folder_fills_an_encoder(kind: str, tmp_path: Path) -> None:
+    model = saved(kind, tmp_path / "folder")
+    config = encoder_config(tmp_path / "folder")
+    config.pop("data")
+    torch.manual_seed(1)
+    encoder = create_encoder(**config).eval()
+    report = fill_encoder(encoder, tmp_path / "folder")
+    assert report.loaded == report.total
+    image = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        expected, tokens = tokens_of(model, image), encoder(image)
+        found = torch.cat(list(tokens), dim=1)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+        if kind == "beit":  # the pooler is the norm behind the mean
+            pooled = model(image).pooler_output
+            torch.testing.assert_close(encoder.pool(tokens), pooled, rtol=1e-4, atol=1e-4)
+
+
+def test_a_whole_mae_of_transformers_fills_the_objective(tmp_path: Path) -> None:
+    model = saved("mae", tmp_path / "folder")
+    encoder = create_encoder(**{k: v for k, v in encoder_config(tmp_path / "folder").items() if k != "data"})
+    objective = MAE(encoder, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2).eval()
+    fill_objective(objective, tmp_path / "folder")
+    image, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
+    mask = noise.argsort(dim=1).argsort(dim=1) >= 4
+    expected = model(image, noise=noise).loss.item()
+    assert objective({"image": image, "mask": mask})[0].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_preprocessing_is_that_of_the_folder(tmp_path: Path) -> None:
+    saved("vit", tmp_path / "folder")
+    stated = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "resample": 2, "size": {"height": 32}}
+    (tmp_path / "folder" / "preprocessor_config.json").write_text(json.dumps(stated))
+    data = encoder_config(tmp_path / "folder")["data"]
+    assert data == {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "interpolation": "bilinear"}
+
+
+def test_an_architecture_that_is_not_ours_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "convnext", "architectures": ["ConvNextModel"]}))
+    with pytest.raises(InputError, match=r"config\.json: cannot be built here: model_type='convnext': allowed: vit, "):
+        encoder_config(tmp_path)
+
+
+@pytest.mark.parametrize("method", ["dino", "ibot"])
+def test_of_a_whole_checkpoint_the_teacher_is_taken(method: str, tmp_path: Path) -> None:
+    """Both networks with their heads, as DINO and iBOT save them; iBOT's backbone also has a mask token."""
+    torch.manual_seed(0)
+    learned = {**TINY_ENCODER, "pos_embed": "learned"}
+    teacher, student = create_encoder(**learned), create_encoder(**learned)
+
+    def network(encoder: Any, prefix: str) -> dict[str, torch.Tensor]:
+        state = {f"{prefix}backbone.{name}": tensor for name, tensor in encoder.model.state_dict().items()}
+        state |= {
+            f"{prefix}head.mlp.0.weight": torch.randn(8, 48),
+            f"{prefix}head.last_layer.weight_g": torch.ones(8, 1),
+        }
+        return state | ({f"{prefix}backbone.masked_embed": torch.zeros(1, 48)} if method == "ibot" else {})
+
+    content = {"student": network(student, "module."), "teacher": network(teacher, ""), "epoch": 3, "optimizer": {}}
+    torch.save(content, tmp_path / "checkpoint.pth")
+    other = create_encoder(**learned)
+    report = fill_encoder(other, tmp_path / "checkpoint.pth")
+    assert report.loaded == report.total
+    for name, tensor in other.model.state_dict().items():
+        assert torch.equal(tensor, teacher.model.state_dict()[name]), name
+
+
+def test_a_folder_of_transformers_is_probed_through_the_door(images: Path, tmp_path: Path) -> None:
+    saved("beit", tmp_path / "folder")
+    words = [
+        f"encoder.init={tmp_path / 'folder'}",
+        f"data.val=folder:{images}",
+        "run.workers=0",
+        f"run.dir={tmp_path / 'run'}",
+    ]
+    done = run_python("pipelines/knn.py", *words)
+    assert done.returncode == 0, done.stderr
+    assert 0 < json.loads((tmp_path / "run" / "result.json").read_text())["evaluations"]["final"]["knn/top1"] <= 1
