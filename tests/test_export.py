@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import TINY_BEIT_ENCODER, TINY_HYBRID, TINY_SWIN
+from conftest import TINY_BEIT_ENCODER, TINY_ENCODER, TINY_HYBRID, TINY_SWIN
 from timm.data.config import resolve_model_data_config
 
+from ssl_vit.config import InputError
 from ssl_vit.encoders.base import Encoder, create_encoder
 from ssl_vit.encoders.weights import encoder_config, fill_encoder
 from ssl_vit.export.card import write_card
@@ -155,3 +156,44 @@ def test_card(tmp_path: Path) -> None:
     assert f'timm.create_model("local-dir:{tmp_path}", pretrained=True)' in text
     assert "| knn/top1 | 0.8123 |" in text
     assert text.index("## Encoder") < text.index("## Data") < text.index("## Recipe") < text.index("## Results")
+
+
+def test_a_folder_is_pushed_only_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    from ssl_vit.export.command import ExportOptions, export
+    from ssl_vit.export.timm_folder import export_timm
+
+    calls: list[tuple[str, Any]] = []
+
+    class Hub:
+        def create_repo(self, repository: str, **options: Any) -> None:
+            calls.append(("create", (repository, options)))
+
+        def upload_folder(self, repo_id: str, folder_path: Path) -> str:
+            calls.append(("upload", (repo_id, sorted(file.name for file in Path(folder_path).iterdir()))))
+            if repo_id == "me/refused":
+                raise ConnectionError("401 you are nobody\nand more")
+            return "commit"
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    source = tmp_path / "source"
+    export_timm(
+        create_encoder(**TINY_ENCODER).eval(), source, mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0,
+        interpolation="bicubic", metadata={},
+    )  # fmt: skip
+    export(source, tmp_path / "kept", ExportOptions())
+    assert not calls, "nothing is uploaded unless asked for"
+    export(source, tmp_path / "pushed", ExportOptions(push="me/encoder"))
+    assert [name for name, _ in calls] == ["create", "upload"]
+    assert calls[0][1] == ("me/encoder", {"private": True, "exist_ok": True})
+    assert {"config.json", "model.safetensors"} <= set(calls[1][1][1])
+    with pytest.raises(
+        InputError, match=r"push=me/refused: not uploaded, ConnectionError: 401 you are nobody; .*is whole"
+    ):
+        export(source, tmp_path / "refused", ExportOptions(push="me/refused"))
+    assert (tmp_path / "refused" / "model.safetensors").is_file()
+    with pytest.raises(InputError, match=r"push=me/x: uploads folders; allowed with format=timm"):
+        export(source, tmp_path / "x", ExportOptions(push="me/x", format="onnx"))
+    with pytest.raises(InputError, match=r"push='x': should be OWNER/NAME"):
+        export(source, tmp_path / "x", ExportOptions(push="x"))

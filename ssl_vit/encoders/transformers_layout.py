@@ -81,8 +81,9 @@ def encoder_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     if kind == "swin":
         return {
             "name": "swin_tiny_patch4_window7_224", "img_size": config["image_size"],
-            "in_chans": config["num_channels"], "first_patch_size": config["patch_size"], "window_size": config["window_size"],
-            "embed_dim": config["embed_dim"], "depths": config["depths"], "num_heads": config["num_heads"],
+            "in_chans": config["num_channels"], "first_patch_size": config["patch_size"],
+            "window_size": config["window_size"], "embed_dim": config["embed_dim"], "depths": config["depths"],
+            "num_heads": config["num_heads"],
         }  # fmt: skip
     names = {"vit": "vit_base_patch16_224", "vit_mae": "vit_base_patch16_224",
              "deit": "deit_base_distilled_patch16_224", "beit": "beit_base_patch16_224"}  # fmt: skip

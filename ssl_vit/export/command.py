@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from ssl_vit.encoders.base import Encoder
 
 
+FOLDERS = ("timm", "transformers", "vit_mae")
+
+
 class ExportOptions(Section):
     """The settings of exporting."""
 
@@ -28,6 +32,11 @@ class ExportOptions(Section):
         "onnx: a file with any batch size; "
         "state_dict: safetensors under timm's names; vit_mae: a whole MAE as ViTMAEForPreTraining; official: a whole "
         "MAE or BEiT as safetensors under the names of its release",
+    )
+    push: str = Field(
+        "",
+        description="also upload the folder to this repository of the Hugging Face Hub, OWNER/NAME, made private if "
+        "it is new; nothing is uploaded unless this is given",
     )
 
 
@@ -46,6 +55,8 @@ def export(source: Path, out: Path, options: ExportOptions) -> None:
     from ssl_vit.encoders.base import create_encoder
     from ssl_vit.encoders.weights import encoder_config, fill_encoder
 
+    if options.push:
+        _check_push(options)
     if out.exists():
         raise InputError(f"{out}: is there already; give another name, or delete it first")
     config = encoder_config(source)
@@ -61,11 +72,42 @@ def export(source: Path, out: Path, options: ExportOptions) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         if options.format in ("vit_mae", "official"):
-            return _whole(source, out, options.format, encoder, data)
-        say(str(fill_encoder(encoder, source)))
-        _encoder(source, out, options.format, encoder, data)
+            _whole(source, out, options.format, encoder, data)
+        else:
+            say(str(fill_encoder(encoder, source)))
+            _encoder(source, out, options.format, encoder, data)
     except ValueError as error:
         raise InputError(f"{source}: {error}") from None
+    if options.push:
+        _push(out, options.push)
+
+
+def _check_push(options: ExportOptions) -> None:
+    if options.format not in FOLDERS:
+        raise InputError(f"push={options.push}: uploads folders; allowed with format={', '.join(FOLDERS)}")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", options.push):
+        raise InputError(f"push={options.push!r}: should be OWNER/NAME of a repository on the Hugging Face Hub")
+
+
+def _push(folder: Path, repository: str) -> None:
+    """Upload a folder that was checked; it stays where it is whatever happens.
+
+    Raises:
+        InputError: the Hub did not take it.
+    """
+    from huggingface_hub import HfApi
+
+    hub = HfApi()
+    try:
+        hub.create_repo(repository, private=True, exist_ok=True)
+        commit = hub.upload_folder(repo_id=repository, folder_path=folder)
+    except Exception as error:  # network, login, permission: the library raises many kinds
+        reason = next(iter(str(error).splitlines()), "")
+        raise InputError(
+            f"push={repository}: not uploaded, {type(error).__name__}: {reason}; {folder} is whole: log in with "
+            f"`hf auth login` and upload it with `hf upload {repository} {folder}`"
+        ) from None
+    say(f"uploaded: {commit}")
 
 
 def _encoder(source: Path, out: Path, kind: str, encoder: Encoder, data: dict[str, Any]) -> None:
