@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ssl_vit.config import InputError, plain
@@ -177,15 +178,24 @@ def open_sets(data: DataSection, opened: dict[str, Index] | None = None) -> Sets
             f"data.val={data.val}: has no labels; give class folders, or leave it out for label-free measures"
         )
     everything = Subset.all(val)
+    if len(np.unique(everything.labels)) < 2:
+        raise InputError(
+            f"data.val={data.val}: all {len(val)} images are of one class; evaluations need two or more (a folder "
+            "each), or leave it out for label-free measures"
+        )
     if data.probe is not None:
         index = open_data(data, data.probe, opened)
-        if not index.labelled or index.classes != val.classes:
-            raise InputError(f"data.probe={data.probe}: should have the classes of data.val: {_few(val.classes)}")
+        if not index.labelled:
+            raise InputError(f"data.probe={data.probe}: has no labels; give class folders, or leave it out")
+        if index.classes != val.classes:
+            raise InputError(f"data.probe={data.probe}: {_difference(index.classes, val.classes, 'data.val')}")
         probe, scored, rule = Subset.all(index), everything, "probes train on data.probe, scored on data.val"
     elif len(train) == 1 and train[0].labelled and train[0].classes == val.classes:
         probe, scored, rule = Subset.all(train[0]), everything, "probes train on data.train, scored on data.val"
     else:
         rule = "probes train on 80 % of data.val, scored on the other 20 % (stratified, by hash of the key)"
+        if len(train) == 1 and train[0].labelled:
+            rule += f", since data.train {_difference(train[0].classes, val.classes, 'data.val')}"
         probe, scored = split_by_key(everything, 0.2)
     if data.probe_images is not None and data.probe_images < len(probe.samples):
         probe, rule = first_by_key(probe, data.probe_images), f"{rule}; training on {data.probe_images} images"
@@ -232,13 +242,24 @@ def resolve_classes(recipe: Recipe, opened: dict[str, Index] | None = None) -> N
                 "from labels; give class folders (a folder a class), or labelled shards"
             )
         if index.classes != first.classes:
-            raise InputError(f"{name}: should have the classes of data.train: {_few(first.classes)}")
+            raise InputError(f"{name}: {_difference(index.classes, first.classes, 'data.train')}")
     count = max(len(index.classes or ()) or int(index.samples["label"].max()) + 1 for index in sources.values())
     if stated["num_classes"] is None:
         stated["num_classes"] = count
         logger.info("objective.num_classes: %d, the classes of data.train", count)
     elif stated["num_classes"] < count:
         raise InputError(f"objective.num_classes={stated['num_classes']}: data.train has {count}; give that, or null")
+
+
+def _difference(classes: list[str] | None, others: list[str] | None, of: str) -> str:
+    """How two lists of class names differ, for a message about the first."""
+    ours, theirs = classes or [], others or []
+    if not ours or not theirs:
+        return f"{'has' if ours else 'lacks'} class names, {of} {'has' if theirs else 'lacks'} them; pack both alike"
+    lacks, more = [n for n in theirs if n not in ours], [n for n in ours if n not in theirs]
+    parts = [f"lacks classes of {of}: {_few(lacks)}"] if lacks else []
+    parts += [f"has classes that {of} lacks: {_few(more)}"] if more else []
+    return "; ".join(parts) or f"has the classes of {of} in another order: {_few(ours)}; there: {_few(theirs)}"
 
 
 def _few(names: list[str] | None) -> str:

@@ -220,11 +220,9 @@ def test_unlabelled_partly_labelled_and_other_classes_are_refused(images: Path, 
     with pytest.raises(InputError, match=r"72 of 72 images have no label.*class folders"):
         resolve_classes(supervised(images, tmp_path, data__labels="none"))
     other = write_images(tmp_path / "other", classes=2, per_class=2)
-    with pytest.raises(
-        InputError, match=r"data\.val=.*should have the classes of data\.train: class_0, class_1, class_2"
-    ):
+    with pytest.raises(InputError, match=r"data\.val=.*(lacks|has) class"):
         resolve_classes(supervised(images, tmp_path, data__val=f"folder:{other}"))
-    with pytest.raises(InputError, match=r"data\.train=.*should have the classes"):
+    with pytest.raises(InputError, match=r"data\.train=.*(lacks|has) class"):
         resolve_classes(supervised(images, tmp_path, data__train=[f"folder:{images}", f"folder:{other}"]))
     with pytest.raises(InputError, match=r"objective\.num_classes=2: data\.train has 3"):
         resolve_classes(supervised(images, tmp_path, objective__num_classes=2))

@@ -157,3 +157,31 @@ def test_a_folder_of_transformers_is_probed_through_the_door(images: Path, tmp_p
     done = run_python("pipelines/knn.py", *words)
     assert done.returncode == 0, done.stderr
     assert 0 < json.loads((tmp_path / "run" / "result.json").read_text())["evaluations"]["final"]["knn/top1"] <= 1
+
+
+def test_swin_windows_of_another_size(tmp_path: Path) -> None:
+    """Wider windows at a larger image: tables as timm itself resizes them, all else bit for bit."""
+    import timm
+
+    torch.manual_seed(0)
+    arguments = {"embed_dim": 24, "depths": (1, 1), "num_heads": (2, 4), "patch_size": 4, "num_classes": 0}
+    source = timm.create_model("swin_tiny_patch4_window7_224", img_size=32, window_size=4, **arguments)
+    for name, parameter in source.named_parameters():
+        torch.nn.init.normal_(parameter) if "relative" in name else None
+    state = source.state_dict()
+    released = {name.replace("layers.1.downsample", "layers.0.downsample"): tensor for name, tensor in state.items()}
+    released["layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(16, 16, dtype=torch.int64)
+    torch.save({"model": released}, tmp_path / "swin.pth")
+    encoder = create_encoder(
+        name="swin_tiny_patch4_window7_224", img_size=64, window_size=8, first_patch_size=4, embed_dim=24,
+        depths=[1, 1], num_heads=[2, 4],
+    )  # fmt: skip
+    report = fill_encoder(encoder, tmp_path / "swin.pth")
+    assert report.loaded == report.total
+    assert any("2 tables resized, windows of 4 to 8 tokens" in note for note in report.notes), report.notes
+    expected = timm.create_model("swin_tiny_patch4_window7_224", img_size=64, window_size=8, **arguments)
+    from timm.models.swin_transformer import checkpoint_filter_fn
+
+    expected.load_state_dict(checkpoint_filter_fn(dict(state), expected))
+    for name, tensor in encoder.model.state_dict().items():
+        assert torch.equal(tensor, expected.state_dict()[name]), name

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import re
 from functools import cache
 from typing import Any
 
@@ -13,6 +15,9 @@ from ssl_vit.config import nearest
 from ssl_vit.encoders.architectures import check_drop_path, check_img_size, check_sizes, height_width
 from ssl_vit.encoders.base import Encoder, Tokens
 from ssl_vit.encoders.vit import run_blocks
+
+BUFFERS = ("relative_position_index", "attn_mask")
+"""What files of older versions hold and the sizes decide."""
 
 
 class Swin(Encoder):
@@ -106,6 +111,35 @@ class Swin(Encoder):
         """The output (B, h, w, D) of a stage but the last, without norm."""
         patches = output.flatten(1, 2)
         return Tokens(patches[:, :0], patches)
+
+    def fitted(
+        self, state: dict[str, Tensor], grid: tuple[int, int] | None, where: str
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        """A file's tensors as timm has them now, relative positions resized (bicubic) to windows of another size."""
+        from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
+
+        state = {name: t for name, t in state.items() if name.rpartition(".")[2] not in BUFFERS}
+        notes: list[str] = []
+        if (
+            "layers.0.downsample.reduction.weight" in state
+        ):  # as released: a merging ends a stage, in timm it begins one
+            state = {
+                re.sub(r"^layers\.(\d+)\.downsample\.", lambda m: f"layers.{int(m[1]) + 1}.downsample.", name): tensor
+                for name, tensor in state.items()
+            }
+            notes.append("merging of patches renamed from the release's layout")
+        resized, change = 0, ""
+        for name, module in self.model.named_modules():
+            table = state.get(f"{name}.relative_position_bias_table")
+            own = getattr(module, "relative_position_bias_table", None)
+            if table is None or own is None or table.shape == own.shape or table.shape[1:] != own.shape[1:]:
+                continue  # another number of heads is named by the comparison of shapes
+            state[f"{name}.relative_position_bias_table"] = resize_rel_pos_bias_table(
+                table, module.window_size, own.shape
+            )
+            side = (math.isqrt(len(table)) + 1) // 2
+            resized, change = resized + 1, f"windows of {side} to {module.window_size[0]} tokens"
+        return state, [*notes, f"relative positions: {resized} tables resized, {change}"] if resized else notes
 
     def forward(self, image: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None) -> Tokens:
         """Encode an image; masked first patches are replaced by the mask token.

@@ -46,7 +46,7 @@ def outputs(
         float32 (n, D) and labels int64 (n,) of the samples that decode.
 
     Raises:
-        InputError: none does.
+        InputError: none does, or what ``forward`` makes of one is not finite.
     """
     rank, size = distributed.rank(), distributed.world_size()
     view = view or CentreView(subject.img_size, subject.pixels.crop_pct, subject.pixels.interpolation)
@@ -82,6 +82,13 @@ def outputs(
     kept = distributed.gather_interleaved(good.to(torch.uint8), total).bool()
     if not kept.any():
         raise InputError(f"evaluation: none of the {total} images decodes{first_bad}")
+    broken = (~everything[kept].isfinite().all(dim=1)).nonzero().flatten()
+    if len(broken):
+        places = kept.nonzero().flatten()[broken].tolist()
+        raise InputError(
+            f"evaluation: what the encoder makes of {len(broken)} of {total} images is not finite, first of "
+            f"{subset.index.describe(int(subset.samples[places[0]]))}; its weights or its precision are at fault"
+        )
     return everything[kept], distributed.gather_interleaved(labels, total)[kept]
 
 

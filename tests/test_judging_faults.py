@@ -1,0 +1,285 @@
+"""What goes wrong silently between a run and its use: prefixes, pooling, constants, sizes, formats, sets."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import TINY_ENCODER, run_python, tiny_recipe, write_images
+from safetensors.torch import load_file, save_file
+from test_evaluation import PIXELS, subject
+from test_trainer import train
+
+from ssl_vit.build import open_sets
+from ssl_vit.config import InputError, check
+from ssl_vit.encoders.base import create_encoder
+from ssl_vit.evaluation.base import Subject
+from ssl_vit.evaluation.knn import KNN
+from ssl_vit.evaluation.sweep import Sweep
+from ssl_vit.objectives.base import Objective
+from ssl_vit.recipe import DataSection, EvaluationRecipe, Recipe, check_recipe
+from ssl_vit.run import evaluate, run
+
+
+def judged(init: Path, images: Path, folder: Path, **values: Any) -> dict[str, float]:
+    recipe = {
+        "encoder": {"init": str(init)}, "data": {"val": f"folder:{images}"}, "evals": {"knn": {}},
+        "run": {"dir": str(folder), "workers": 0, "tensorboard": False}, **values,
+    }  # fmt: skip
+    evaluate(check_recipe(check(EvaluationRecipe, recipe)))
+    return json.loads((folder / "result.json").read_text())["evaluations"]["final"]
+
+
+@pytest.fixture(scope="module")
+def mine(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with constants of its own."""
+    folder = tmp_path_factory.mktemp("mine") / "run"
+    values = tiny_recipe(images, folder, evals={"knn": {}})
+    values["data"] |= {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4], "interpolation": "bilinear"}
+    run(check_recipe(check(Recipe, values)))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "prefix", ["encoder.", "module._orig_mod.", "_orig_mod.module.backbone.", "teacher.", "net.vit."]
+)
+def test_a_prefix_is_mapped_or_refused_never_ignored(prefix: str, mine: Path, images: Path, tmp_path: Path) -> None:
+    """Known prefixes give the same figures; with an unknown one nothing is measured."""
+    source = tmp_path / "folder"
+    source.mkdir()
+    state = load_file(mine / "encoder" / "model.safetensors")
+    save_file({prefix + name: tensor for name, tensor in state.items()}, source / "model.safetensors")
+    (source / "config.json").write_text((mine / "encoder" / "config.json").read_text())
+    if prefix in ("teacher.", "net.vit."):
+        with pytest.raises(InputError, match=r"no encoder tensor matches"):
+            judged(source, images, tmp_path / "run")
+        assert not (tmp_path / "run" / "result.json").exists()
+    else:
+        found = judged(source, images, tmp_path / "run")["knn/top1"]
+        assert found == judged(mine, images, tmp_path / "own")["knn/top1"]
+
+
+def test_both_poolings_are_offered_and_no_parameter_is_random_and_frozen(images: Path) -> None:
+    """An encoder pretrained with its class token is probed on tokens and means behind the same, pretrained norm."""
+    one = subject(images)
+    encoder = one.objective.encoder
+    tokens = encoder(torch.randn(2, 3, 32, 32))
+    assert not hasattr(encoder.model.fc_norm, "weight"), "nothing new between pretraining and probe"
+    for pool, feature in (("token", tokens.prefix[:, 0]), ("avg", tokens.patches.mean(dim=1))):
+        assert feature.shape == (2, 48), pool
+    results = {pool: Sweep(last_blocks=[1], pools=[pool], learning_rates=[0.1])(one) for pool in ("token", "avg")}
+    assert results["token"]["token"] == results["avg"]["avg"] == 1
+    assert results["token"]["avg"] == results["avg"]["token"] == 0
+
+
+def test_constants_travel_and_overriding_them_warns(
+    mine: Path, images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The probe of a run, without flags, uses the run's mean, std and filter; so do its exports."""
+    judged(mine, images, tmp_path / "probe")
+    used = json.loads(json.dumps(check_recipe_of(tmp_path / "probe")))
+    assert used["mean"] == [0.4, 0.5, 0.6]
+    assert used["interpolation"] == "bilinear"
+    config = json.loads((mine / "encoder" / "config.json").read_text())["pretrained_cfg"]
+    assert (config["mean"], config["std"]) == ([0.4, 0.5, 0.6], [0.2, 0.3, 0.4])
+    done = run_python("pipelines/export.py", str(mine), str(tmp_path / "hf"), "format=transformers")
+    assert done.returncode == 0, done.stderr
+    processor = json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())
+    assert processor["image_mean"] == [0.4, 0.5, 0.6]
+    assert processor["image_std"] == [0.2, 0.3, 0.4]
+    caplog.clear()
+    judged(mine, images, tmp_path / "other", data={"val": f"folder:{images}", "mean": [0.5] * 3})
+    assert "data.mean=[0.5, 0.5, 0.5] overrides [0.4, 0.5, 0.6]" in caplog.text
+
+
+def check_recipe_of(folder: Path) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
+    recipe: Any = OmegaConf.to_container(OmegaConf.load(folder / "recipe.yaml"))
+    return recipe["data"]
+
+
+def test_neighbours_of_a_dozen_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Twelve images, scored on themselves: k is cut with a note, and no image is its own neighbour."""
+    folder = write_images(tmp_path / "images", classes=3, per_class=4)
+    torch.manual_seed(0)
+    objective = Objective(create_encoder(**TINY_ENCODER)).eval()
+    sets = open_sets(DataSection(train=f"folder:{folder}", val=f"folder:{folder}"))
+    one = Subject(
+        objective, objective.encoder.pool, (32, 32), PIXELS, torch.device("cpu"), sets.images, sets.probe, sets.val
+    )
+    found = KNN(k=[1, 10, 20, 200])(one)
+    assert "k is cut to the 11 images" in caplog.text
+    assert {"top1_k1", "top1_k10", "top1_k11"} <= set(found)
+    assert not {"top1_k20", "top1_k200"} & set(found)
+    features, labels = one.features("val")
+    normal = torch.nn.functional.normalize(features, dim=1)
+    similarity = (normal @ normal.T).fill_diagonal_(-1)
+    assert found["top1_k1"] == (labels[similarity.argmax(dim=1)] == labels).double().mean().item()
+
+
+def test_a_chain_of_fine_tunings(mine: Path, images: Path, tmp_path: Path) -> None:
+    """Three classes at 32 px, then five at 48 from what that left; timm takes the export at a third size."""
+    five = write_images(tmp_path / "five", classes=5, per_class=4)
+
+    def tune(folder: str, init: Path, data: Path, size: int) -> None:
+        values = tiny_recipe(data, tmp_path / folder, objective={"name": "classification"}, evals={"accuracy": {}})
+        values["encoder"] = {"init": str(init), "img_size": size}
+        run(check_recipe(check(Recipe, values)))
+
+    tune("three", mine, images, 32)
+    tune("five_classes", tmp_path / "three", five, 48)
+    log = (tmp_path / "five_classes" / "train.log").read_text()
+    assert "objective.num_classes" in log or "5" in log
+    result = json.loads((tmp_path / "five_classes" / "result.json").read_text())
+    assert 0 <= result["evaluations"]["final"]["accuracy/top1"] <= 1
+    assert result["data"]["val"]["classes"] == 5
+    model = timm.create_model(f"local-dir:{tmp_path / 'five_classes' / 'encoder'}", pretrained=True, img_size=64)
+    assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 48)
+
+
+def test_every_file_opens_without_unpickling_code(mine: Path) -> None:
+    """A run's settings hold paths, tuples and numbers of numpy; its files need no more than tensors."""
+    for file in mine.rglob("*"):
+        if file.suffix == ".safetensors":
+            assert load_file(file)
+        elif file.suffix in (".pt", ".pth", ".bin"):
+            assert torch.load(file, weights_only=True) is not None
+        elif file.suffix in (".json", ".jsonl"):
+            assert [
+                json.loads(line)
+                for line in ([file.read_text()] if file.suffix == ".json" else file.read_text().splitlines())
+            ]
+        else:
+            assert file.suffix not in (".pkl", ".pickle"), file
+
+
+def test_positions_of_a_transformers_export_at_two_sizes(tmp_path: Path) -> None:
+    """At its own size interpolation changes nothing; at another it is what this package and timm make of the table."""
+    from transformers import AutoModel
+
+    from ssl_vit.encoders.weights import fill_encoder
+    from ssl_vit.export.transformers_folder import export_transformers
+
+    torch.manual_seed(0)
+    encoder = create_encoder(**{**TINY_ENCODER, "img_size": 64, "pos_embed": "learned"}).eval()
+    with torch.no_grad():  # smooth, as learned tables are
+        encoder.model.pos_embed.copy_(create_encoder(**{**TINY_ENCODER, "img_size": 64}).model.pos_embed)
+    data = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0, "interpolation": "bicubic"}
+    export_transformers(encoder, tmp_path / "hf", data)
+    loaded = AutoModel.from_pretrained(tmp_path / "hf", add_pooling_layer=False).eval()
+    image = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        plain = loaded(image).last_hidden_state
+        assert torch.equal(plain, loaded(image, interpolate_pos_encoding=True).last_hidden_state)
+        # the table of the patches, without the class token's row, at the places of the patches: no row is off by one
+        table = loaded.embeddings.interpolate_pos_encoding(torch.zeros(1, 145, 48), 96, 96)
+        grid = encoder.model.pos_embed[:, 1:].unflatten(1, (8, 8)).permute(0, 3, 1, 2)
+        expected = torch.nn.functional.interpolate(grid, (12, 12), mode="bicubic", align_corners=False)
+        torch.testing.assert_close(table[:, 1:], expected.flatten(2).transpose(1, 2))
+        assert torch.equal(table[:, :1], encoder.model.pos_embed[:, :1])
+        larger = create_encoder(**{**TINY_ENCODER, "img_size": 96, "pos_embed": "learned"}).eval()
+        fill_encoder(larger, tmp_path / "hf")
+    # ours is timm's, whose cubic has another sharpness (-0.5, theirs -0.75): near, and nearest at the same place
+    distance = torch.cdist(table[0, 1:], larger.model.pos_embed[0, 1:])
+    assert (distance.argmin(dim=1) == torch.arange(144)).all()
+    assert float((table - larger.model.pos_embed).abs().max()) < 0.1
+
+
+def test_figures_that_are_none_stop_with_the_image_named(images: Path) -> None:
+    one = subject(images)
+    with torch.no_grad():
+        one.objective.encoder.model.norm.weight[0] = float("nan")
+    with pytest.raises(
+        InputError, match=r"of 57 images is not finite, first of shard-000000\.tar: key .*weights or its"
+    ):
+        KNN()(one)
+
+
+def bad_sets(root: Path) -> list[tuple[dict[str, Path], str]]:
+    three, two = (
+        write_images(root / "three", classes=3, per_class=3),
+        write_images(root / "two", classes=2, per_class=3),
+    )
+    one = root / "one.tar"
+    with tarfile.open(one, "w") as tar:
+        for i, file in enumerate(sorted(two.rglob("*.png"))[:3]):
+            tar.add(file, f"{i}.png")
+            label = tarfile.TarInfo(f"{i}.cls")
+            label.size = 1
+            tar.addfile(label, io.BytesIO(b"4"))
+    flat = root / "flat"
+    flat.mkdir()
+    for i, file in enumerate(sorted(three.rglob("*.png"))):
+        (flat / f"{i}.png").write_bytes(file.read_bytes())
+    other = write_images(root / "other", classes=2, per_class=3)
+    (other / "class_0").rename(other / "zebra")
+    return [
+        ({"val": flat}, r"data\.val=folder:.*flat: has no labels; give class folders"),
+        ({"val": one}, r"data\.val=.*all 3 images are of one class; evaluations need two or more"),
+        ({"val": two, "probe": three}, r"data\.probe=.*has classes that data\.val lacks: class_2"),
+        ({"val": three, "probe": two}, r"data\.probe=.*lacks classes of data\.val: class_2"),
+        ({"val": three, "probe": flat}, r"data\.probe=.*has no labels"),
+        ({"val": two, "probe": other}, r"lacks classes of data\.val: class_0; has classes .*: zebra"),
+    ]
+
+
+def test_bad_sets_are_one_clear_sentence(tmp_path: Path) -> None:
+    for data, message in bad_sets(tmp_path):
+        with pytest.raises(InputError, match=message) as error:
+            open_sets(DataSection.model_validate({k: str(v) if v.suffix else f"folder:{v}" for k, v in data.items()}))
+        assert "\n" not in str(error.value)
+
+
+def test_other_classes_in_train_are_said_with_the_rule(tmp_path: Path) -> None:
+    three, two = write_images(tmp_path / "3", classes=3, per_class=5), write_images(tmp_path / "2", per_class=5)
+    rule = open_sets(DataSection(train=f"folder:{three}", val=f"folder:{two}")).rule
+    assert "80 % of data.val" in rule
+    assert "since data.train has classes that data.val lacks: class_2" in rule
+
+
+@pytest.mark.parametrize("kind", ["optimizer", "picture", "json", "tokenizer", "array"])
+def test_files_of_another_kind_are_refused_in_one_line(kind: str, mine: Path, tmp_path: Path) -> None:
+    checkpoint = next((mine / "checkpoints").glob("step_*"))
+    files = {
+        "optimizer": checkpoint / "optimizer.pt", "picture": tmp_path / "a.png", "json": mine / "result.json",
+        "tokenizer": tmp_path / "tokenizer", "array": tmp_path / "a.npy",
+    }  # fmt: skip
+    write_images(tmp_path / "some", classes=1, per_class=1)
+    files["picture"].write_bytes(next((tmp_path / "some").rglob("*.png")).read_bytes())
+    np.save(files["array"], np.zeros(3))
+    files["tokenizer"].mkdir()
+    (files["tokenizer"] / "tokenizer.json").write_text("{}")
+    done = run_python(
+        "pipelines/knn.py", f"encoder.init={files[kind]}", "encoder.name=vit_tiny_patch16_224",
+        "data.val=builtin:digits-test", f"run.dir={tmp_path / 'run'}",
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 1
+    assert str(files[kind]) in done.stderr
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_one_value_of_each_step_in_tensorboard_after_a_resume(images: Path, tmp_path: Path) -> None:
+    """A run of 9 steps, cut back to its checkpoint and finished: nine values, steps strictly rising."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    values = tiny_recipe(images, tmp_path / "run", evals={})
+    values["optim"]["epochs"], values["run"]["save_every"] = "9 steps", "4 steps"
+    values["run"] |= {"tensorboard": True, "log_every": 1, "keep_last": 9}
+    train(values)
+    newest = sorted((tmp_path / "run" / "checkpoints").glob("step_*"))[-1]
+    for file in newest.iterdir():
+        file.unlink()
+    newest.rmdir()
+    (tmp_path / "run" / "status.json").write_text('{"state": "running"}')
+    train(values)
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 10))
