@@ -120,10 +120,16 @@ def table(records: Sequence[Record], measures: Sequence[str]) -> str:
 def figure(records: Sequence[Record], measures: Sequence[str], file: Path | BinaryIO) -> None:
     """Every measure and the losses over the images seen, one panel each, as a PNG."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, MaxNLocator
 
     panels = [*measures, "loss"]
-    picture = Figure(figsize=(4.5 * len(panels), 3.6), layout="constrained")
-    for axes, panel in zip(picture.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    columns = min(len(panels), 3)
+    rows = -(-len(panels) // columns)
+    picture = Figure(figsize=(4.5 * columns, 3.4 * rows), layout="constrained")
+    places = picture.subplots(rows, columns, squeeze=False).ravel()
+    for axes in places[len(panels) :]:
+        axes.set_axis_off()
+    for axes, panel in zip(places, panels, strict=False):
         for record in records:
             points = [(seen, numbers[panel]) for seen, numbers in record.measured if panel in numbers]
             points = record.losses if panel == "loss" else points
@@ -133,8 +139,10 @@ def figure(records: Sequence[Record], measures: Sequence[str], file: Path | Bina
         axes.set_title(panel if panel != "loss" else "training loss (each objective has its own)", fontsize=9)
         axes.set_xlabel("images seen", fontsize=8)
         axes.tick_params(labelsize=8)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.grid(alpha=0.3)
-    handles, labels = picture.axes[-1].get_legend_handles_labels()
+    handles, labels = places[len(panels) - 1].get_legend_handles_labels()
     if handles:
         picture.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), fontsize=8)
     picture.savefig(file, dpi=150, format="png")

@@ -86,7 +86,8 @@ def _results(record: Record) -> str:
     for name in _names(record):
         first, last, error = record.change(name) or (float("nan"), float("nan"), None)
         error = error if name.endswith("/top1") else None
-        cells = [f"{first:.4f}", f"{last:.4f}", "" if error is None else f"{error:.4f}"]
+        form = ".4f" if min(abs(first), abs(last)) >= 1e-3 or "top1" in name else ".3g"
+        cells = [f"{first:{form}}", f"{last:{form}}", "" if error is None else f"{error:.4f}"]
         numbers = "".join(f'<td class="number">{cell}</td>' for cell in cells)
         rows.append(f"<tr><td>{escape(name)}</td>{numbers}</tr>")
     return f"<table>{''.join(rows)}</table>" if len(rows) > 1 else "<p>nothing measured yet</p>"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -58,3 +61,22 @@ def test_a_page_of_a_run(images: Path, tmp_path: Path) -> None:
     assert done.stdout.strip() == str(folder / "report.html"), "also of a run that is not finished"
     with pytest.raises(InputError, match="no run"):
         write_report(images)
+
+
+def test_the_page_in_a_browser_without_a_network(images: Path, tmp_path: Path) -> None:
+    """Headless Chromium draws every picture of the page, asks for nothing and has no error to log."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium on this machine")
+    folder = train(tiny_recipe(images, tmp_path / "run", evals={"knn": {}, "pictures": {}}))
+    done = subprocess.run(
+        [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync", "--no-first-run", f"--user-data-dir={tmp_path / 'profile'}",
+         "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr", "--dump-dom",
+         "--virtual-time-budget=2000", f"file://{folder / 'report.html'}"],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("<img") == (folder / "report.html").read_text().count("<img") > 1
+    assert "CONSOLE" not in done.stderr
+    assert not re.search(r'(src|href)="(?!data:)', done.stdout)
