@@ -83,15 +83,18 @@ class Arguments:
         return found
 
 
-def pretrain(doc: str | None, pipeline: str, objective: str, default: str, images: str) -> None:
+def pretrain(
+    doc: str | None, pipeline: str, objective: str, default: str, images: str, also: tuple[str, ...] = ()
+) -> None:
     """The door of ``pretrain_*.py``.
 
     Args:
         doc: the pipeline's docstring, the head of its help.
         pipeline: the pipeline's ``__file__``.
-        objective: the only ``objective.name`` it accepts.
+        objective: the ``objective.name`` it is for.
         default: recipe below ``configs/`` if neither a recipe nor ``data.train`` is given.
         images: recipe below ``configs/`` if ``data.train`` is given without a recipe.
+        also: other values of ``objective.name`` that it accepts.
     """
     from ssl_vit.recipe import Recipe
 
@@ -105,7 +108,7 @@ def pretrain(doc: str | None, pipeline: str, objective: str, default: str, image
 
     def guard(values: dict[str, Any]) -> None:
         name = (values.get("objective") or {}).get("name")
-        if name != objective:
+        if name not in (objective, *also):
             raise InputError(f"objective.name={name!r}: this pipeline trains {objective!r}; {_door_of(name, pipeline)}")
 
     _door(doc, pipeline, lambda values: Recipe, defaults, guard, start)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssl_vit import build, distributed
+from ssl_vit import build, distributed, splits
 from ssl_vit.config import InputError, plain
 from ssl_vit.data.bad_samples import BadReport
 from ssl_vit.data.index import Index
@@ -57,7 +57,7 @@ def embed(recipe: EmbeddingRecipe, resume: str = "auto") -> None:
             return
         objective = build.build_frozen(recipe)
         features = build.constructed("embed", lambda: Features(objective, recipe.embed.stages, recipe.embed.pool))
-        indexes = [build.open_data(recipe.data, spec) for spec in build.train_specs(recipe.data)]
+        indexes = [splits.open_data(recipe.data, spec) for spec in splits.train_specs(recipe.data)]
         if not indexes:
             raise InputError("data.train: is required; give the images as data.train=folder:/my/images or shards")
         facts = {

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from ssl_vit.build import Sets
 from ssl_vit.config import to_yaml
 from ssl_vit.data.loader import Pixels
 from ssl_vit.encoders.base import Encoder
@@ -19,6 +18,7 @@ from ssl_vit.html_report import write_report
 from ssl_vit.modules.target_cache import state_hash
 from ssl_vit.objectives.base import Objective
 from ssl_vit.recipe import EvaluationRecipe, Recipe
+from ssl_vit.splits import Sets
 from ssl_vit.training.environment import library_versions
 from ssl_vit.training.metrics import read_metrics
 from ssl_vit.training.plan import Plan

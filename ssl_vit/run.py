@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ssl_vit import build
+from ssl_vit import build, splits
 from ssl_vit.config import plain, to_yaml
 from ssl_vit.data.bad_samples import BadSamples
 from ssl_vit.data.loader import Pixels, TrainBatches
@@ -44,7 +44,7 @@ def run(recipe: Recipe, resume: str = "auto") -> None:
         micro = micro_batch(recipe.optim.batch_size, recipe.run.micro_batch_size, launch.num_ranks)
         pixels = build.resolve_pixels(recipe.data, recipe.encoder)
         precision = build.resolve_precision(recipe)
-        build.resolve_classes(recipe, opened := {})
+        splits.resolve_classes(recipe, opened := {})
         deepspeed = launch.deepspeed_config(precision, recipe.optim, micro) if launch.kind == "zero" else None
         folder = RunFolder(recipe.run.dir)
         folder.check_resume(plain(recipe), resume)
@@ -53,7 +53,7 @@ def run(recipe: Recipe, resume: str = "auto") -> None:
             return report(folder)
         objective = build.build_objective(recipe)
         launch.check(objective, recipe.optim.clip_mode)
-        sets = build.open_sets(recipe.data, opened)
+        sets = splits.open_sets(recipe.data, opened)
         stream = sets.stream(recipe)
         build.open_targets(objective, recipe, sets, stream)
         plan = Plan(recipe.optim, stream.epoch_size, micro, launch.num_ranks)
@@ -139,7 +139,7 @@ def evaluate(recipe: EvaluationRecipe, resume: str = "auto") -> None:
             logger.info("run.dir=%s: this evaluation is finished; nothing to do", folder.path)
             return report(folder)
         objective = build.build_frozen(recipe)
-        sets = build.open_sets(recipe.data)
+        sets = splits.open_sets(recipe.data)
         evaluations = build.build_evaluations(recipe.evals, labelled=sets.val is not None)
         workers = build.loader_workers(recipe.run)
         folder.lock()
@@ -192,7 +192,7 @@ def subject_of(
     encoder: Encoder,
     wrapped: torch.nn.Module,
     pixels: Pixels,
-    sets: build.Sets,
+    sets: splits.Sets,
     device: torch.device,
     workers: int,
     log: MetricsLog,
@@ -236,7 +236,7 @@ def measure(subject: Subject, evaluations: dict[str, Evaluation]) -> dict[str, f
 def announce(
     recipe: Recipe,
     plan: Plan,
-    sets: build.Sets,
+    sets: splits.Sets,
     accelerator: Accelerator,
     launch: Launch,
     start_step: int,

@@ -6,7 +6,7 @@ import logging
 from statistics import fmean
 from typing import Any
 
-from ssl_vit import build, distributed
+from ssl_vit import distributed, splits
 from ssl_vit.config import InputError, plain
 from ssl_vit.recipe import EvaluationRecipe, SetSection, TransferRecipe, check_recipe
 from ssl_vit.run import evaluate
@@ -81,7 +81,7 @@ def _why_absent(recipe: TransferRecipe, row: SetSection) -> str | None:
     """Why a set cannot be measured, None if it can."""
     try:
         for spec in (row.train, row.val):
-            index = build.open_data(recipe.data, spec)
+            index = splits.open_data(recipe.data, spec)
             if not index.labelled:
                 return f"{spec}: has no labels"
     except InputError as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ssl_vit import build, distributed
+from ssl_vit import build, distributed, splits
 from ssl_vit.config import InputError
 from ssl_vit.data.bad_samples import BadSamples
 from ssl_vit.encoders.base import Encoder
@@ -60,7 +60,7 @@ def watch(recipe: EvaluationRecipe, path: Path) -> None:
         pixels = build.resolve_pixels(recipe.data, recipe.encoder)
         precision = build.resolve_precision(recipe)
         objective = Objective(build.build_encoder(recipe.encoder)).requires_grad_(False).eval()
-        sets = build.open_sets(recipe.data)
+        sets = splits.open_sets(recipe.data)
         evaluations = build.build_evaluations(recipe.evals, labelled=sets.val is not None)
         workers = build.loader_workers(recipe.run)
         place.lock()

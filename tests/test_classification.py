@@ -15,7 +15,7 @@ from conftest import TINY_ENCODER, run_python, tiny_recipe, write_images
 from torch.nn import functional as F
 from transformers_names import of_transformers
 
-from ssl_vit.build import build_objective, open_sets, resolve_classes
+from ssl_vit.build import build_objective
 from ssl_vit.config import InputError, check, to_yaml
 from ssl_vit.data.loader import Pixels
 from ssl_vit.data.views import seed_generators
@@ -27,6 +27,7 @@ from ssl_vit.objectives.base import Objective, Progress
 from ssl_vit.objectives.classification import Classification
 from ssl_vit.recipe import DataSection, Recipe, check_recipe
 from ssl_vit.run import run
+from ssl_vit.splits import open_sets, resolve_classes
 from ssl_vit.training.metrics import read_metrics
 
 TINY_RESNET = {"name": "resnet18", "img_size": 32, "channels": (8, 16, 16, 24), "layers": (1, 1, 1, 1)}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import TINY_ENCODER, tiny_recipe
+from conftest import TINY_ENCODER, run_python, tiny_recipe
 from safetensors.torch import save_file
 from torch.nn import functional as F
 from transformers_names import of_transformers
@@ -287,3 +287,37 @@ def test_published_parameter_counts(name: str, millions: float) -> None:
         encoder = create_encoder(name=f"deit_{name}_distilled_patch16_224", pos_embed="learned")
     heads = 2 * (encoder.embed_dim * 1000 + 1000)
     assert (sum(p.numel() for p in encoder.parameters()) + heads) / 1e6 == pytest.approx(millions, abs=0.1)
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_without_a_distillation_token_one_classifier_learns_from_both(weights: str, kind: str) -> None:
+    """The usual distillation: labels and teacher on the same logits, for an encoder of any kind."""
+    objective = tiny(weights, TINY_ENCODER, distillation_token=False, distillation=kind, label_smoothing=0.0).double()
+    images = batch(dtype=torch.float64)
+    logits = objective.head(objective.encoder.pool(objective.encoder(images["image"])))
+    teacher = objective.teacher(images["image"])
+    labels = F.cross_entropy(logits, images["label"])
+    if kind == "hard":
+        distilled = F.cross_entropy(logits, teacher.argmax(dim=1))
+    else:
+        student, whole = (each.div(3.0).softmax(dim=1) for each in (logits, teacher))
+        distilled = (whole * (whole / student).log()).sum() * 9 / logits.numel()
+    torch.testing.assert_close(objective(images)[0], 0.5 * labels + 0.5 * distilled, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(objective(images, call="predict"), logits)
+    assert objective.head_dist is None
+
+
+def test_fine_tuning_with_a_teacher_through_its_door(weights: str, images: Path, tmp_path: Path) -> None:
+    teacher = tiny_recipe(images, tmp_path / "teacher", objective={"name": "classification"}, evals={})
+    mae = tiny_recipe(images, tmp_path / "mae", evals={})
+    for values in (teacher, mae):
+        run(check_recipe(check(Recipe, values)))
+    words = [
+        f"encoder.init={tmp_path / 'mae'}", f"objective.teacher.weights={tmp_path / 'teacher'}",
+        f"data.train=folder:{images}", f"data.val=folder:{images}", f"run.dir={tmp_path / 'run'}",
+        "optim.epochs=3 steps", "optim.warmup_epochs=0", "optim.batch_size=16", "run.workers=0",
+        "evals.accuracy.every=null",
+    ]  # fmt: skip
+    done = run_python("pipelines/finetune.py", "--config", "configs/finetune/distilled_images.yaml", *words)
+    assert done.returncode == 0, done.stderr
+    assert "accuracy/top1" in done.stderr

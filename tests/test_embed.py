@@ -13,7 +13,6 @@ from conftest import TINY_ENCODER, run_python, write_images
 from pyarrow import parquet
 from test_evaluation import PIXELS
 
-from ssl_vit.build import open_data
 from ssl_vit.config import InputError, check
 from ssl_vit.data.pack import pack
 from ssl_vit.embed import embed
@@ -22,6 +21,7 @@ from ssl_vit.evaluation.base import Subject, Subset
 from ssl_vit.evaluation.features import extract
 from ssl_vit.objectives.base import Objective
 from ssl_vit.recipe import DataSection, EmbeddingRecipe, check_recipe
+from ssl_vit.splits import open_data
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
 
-from ssl_vit.build import open_sets
 from ssl_vit.config import InputError
 from ssl_vit.data.loader import Pixels
 from ssl_vit.data.sources import open_source
@@ -28,6 +27,7 @@ from ssl_vit.evaluation.rank import Rank
 from ssl_vit.evaluation.sweep import Sweep
 from ssl_vit.objectives.base import Objective
 from ssl_vit.recipe import DataSection
+from ssl_vit.splits import open_sets
 
 PIXELS = Pixels((0.5,) * 3, (0.5,) * 3, crop_pct=1.0)
 

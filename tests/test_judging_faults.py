@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from test_evaluation import PIXELS, subject
 from test_trainer import train
 
-from ssl_vit.build import open_sets
 from ssl_vit.config import InputError, check
 from ssl_vit.encoders.base import create_encoder
 from ssl_vit.evaluation.base import Subject
@@ -26,6 +25,7 @@ from ssl_vit.evaluation.sweep import Sweep
 from ssl_vit.objectives.base import Objective
 from ssl_vit.recipe import DataSection, EvaluationRecipe, Recipe, check_recipe
 from ssl_vit.run import evaluate, run
+from ssl_vit.splits import open_sets
 
 
 def judged(init: Path, images: Path, folder: Path, **values: Any) -> dict[str, float]:

@@ -18,11 +18,12 @@ from conftest import (
     tokenizer_file,
 )
 
-from ssl_vit.build import build_objective, open_sets
+from ssl_vit.build import build_objective
 from ssl_vit.config import check, part_names
 from ssl_vit.data.loader import Pixels, TrainBatches
 from ssl_vit.objectives.base import CALLS, Objective, Progress
 from ssl_vit.recipe import Recipe, check_recipe
+from ssl_vit.splits import open_sets
 
 NAMES = [n for n in part_names("ssl_vit.objectives", "Objective") if n not in ("ema_mae", "frozen_mae")]
 TINY: dict[str, dict[str, Any]] = {

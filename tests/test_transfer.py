@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from conftest import TINY_ENCODER, write_images
 
-from ssl_vit.build import open_sets
 from ssl_vit.config import InputError, check
 from ssl_vit.evaluation.base import first_by_key, split_by_key
 from ssl_vit.recipe import DataSection, EvaluationRecipe, TransferRecipe, check_recipe
 from ssl_vit.run import evaluate
+from ssl_vit.splits import open_sets
 from ssl_vit.transfer import transfer
 
 DATA = {"mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 1.0}

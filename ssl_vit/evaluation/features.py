@@ -82,14 +82,17 @@ def outputs(
     kept = distributed.gather_interleaved(good.to(torch.uint8), total).bool()
     if not kept.any():
         raise InputError(f"evaluation: none of the {total} images decodes{first_bad}")
-    broken = (~everything[kept].isfinite().all(dim=1)).nonzero().flatten()
-    if len(broken):
-        places = kept.nonzero().flatten()[broken].tolist()
-        raise InputError(
-            f"evaluation: what the encoder makes of {len(broken)} of {total} images is not finite, first of "
-            f"{subset.index.describe(int(subset.samples[places[0]]))}; its weights or its precision are at fault"
-        )
+    _check_finite(subset, everything, kept)
     return everything[kept], distributed.gather_interleaved(labels, total)[kept]
+
+
+def _check_finite(subset: Subset, found: Tensor, good: Tensor) -> None:
+    broken = (good & ~found.isfinite().all(dim=1)).nonzero().flatten().tolist()
+    if broken:
+        raise InputError(
+            f"evaluation: what the encoder makes of {len(broken)} of {len(good)} images is not finite, first of "
+            f"{subset.index.describe(int(subset.samples[broken[0]]))}; its weights or its precision are at fault"
+        )
 
 
 def _blank(subject: Subject) -> dict[str, Tensor]:

@@ -22,9 +22,11 @@ class DeiT(Objective):
     It is part of every checkpoint, so that a run goes on with the teacher it began with.
 
     Args:
-        encoder: a ViT with class and distillation token
+        encoder: a ViT with class and distillation token; without distillation_token any encoder
         num_classes: default: the classes of data.train
         teacher: whom the distillation token learns from
+        distillation_token: false: the one classifier on the encoder's feature learns from labels and teacher (the
+            paper's usual distillation, and a fine-tuning with a teacher)
         distillation: hard: cross-entropy to the teacher's first class; soft: divergence from its distribution
         alpha: share of the distillation in the loss
         temperature: of both distributions, in soft distillation
@@ -45,6 +47,7 @@ class DeiT(Objective):
         encoder: Encoder,
         num_classes: int | None = None,
         teacher: TeacherSection = TeacherSection(),  # noqa: B008
+        distillation_token: bool = True,
         distillation: Literal["hard", "soft"] = "hard",
         alpha: float = 0.5,
         temperature: float = 3.0,
@@ -57,10 +60,11 @@ class DeiT(Objective):
         std: tuple[float, ...] = (0.229, 0.224, 0.225),
     ) -> None:
         super().__init__(encoder)
-        if encoder.num_prefix_tokens != 2:
+        if distillation_token and encoder.num_prefix_tokens != 2:
             raise ValueError(
                 f"encoder.name={encoder.name!r}: has {encoder.num_prefix_tokens} prefix tokens, and DeiT needs a class "
-                "and a distillation token; allowed: deit_{tiny,small,base}_distilled_patch16_224"
+                "and a distillation token; allowed: deit_{tiny,small,base}_distilled_patch16_224, or "
+                "distillation_token=false"
             )
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha={alpha}: allowed: 0 to 1; published: 0.5 (hard), 0.1 (soft)")
@@ -76,8 +80,8 @@ class DeiT(Objective):
         self.distillation, self.alpha, self.temperature = distillation, alpha, temperature
         self.mixer = Mixer(mix, num_classes, label_smoothing)
         self.view = SupervisedView(encoder.img_size, mean=mean, std=std, **dict(augment))
-        self.head = classifier(encoder.token_dim, num_classes, head_std)
-        self.head_dist = classifier(encoder.token_dim, num_classes, head_std)
+        self.head = classifier(encoder.embed_dim, num_classes, head_std)
+        self.head_dist = classifier(encoder.token_dim, num_classes, head_std) if distillation_token else None
         self.teacher = Teacher(teacher, num_classes, mean, std)
         self.freeze(self.teacher)
 
@@ -111,9 +115,12 @@ class DeiT(Objective):
         return {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
 
     def _both(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of the class and of the distillation token, (B, num_classes) each."""
-        prefix = self.encoder(image).prefix
-        return self.head(prefix[:, 0]), self.head_dist(prefix[:, 1])
+        """Logits of the class and of the distillation token, (B, num_classes) each; with one classifier the same."""
+        tokens = self.encoder(image)
+        if self.head_dist is None:
+            logits = self.head(self.encoder.pool(tokens))
+            return logits, logits
+        return self.head(tokens.prefix[:, 0]), self.head_dist(tokens.prefix[:, 1])
 
     def _distillation(self, logits: Tensor, teacher: Tensor) -> Tensor:
         if self.distillation == "hard":

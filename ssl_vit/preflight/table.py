@@ -108,12 +108,12 @@ def make_plan(recipe: Recipe, machine: PlanSection, name: str) -> Report:
 
 def _images(recipe: Recipe, machine: PlanSection) -> tuple[int, str, str]:
     """Images of an epoch, where the number comes from, and how the shards spread."""
-    from ssl_vit import build
+    from ssl_vit import splits
     from ssl_vit.data.index import INDEX
 
-    folders = [Path(spec).expanduser() for spec in build.train_specs(recipe.data)]
+    folders = [Path(spec).expanduser() for spec in splits.train_specs(recipe.data)]
     if folders and all((folder / INDEX).is_file() for folder in folders):
-        indexes = [build.open_data(recipe.data, str(folder)) for folder in folders]
+        indexes = [splits.open_data(recipe.data, str(folder)) for folder in folders]
         sizes = [int(size) for index in indexes for size in index.shard_sizes]
         lanes = recipe.data.num_lanes
         fits = lanes % machine.gpus == 0 and recipe.optim.batch_size % lanes == 0
