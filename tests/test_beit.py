@@ -574,7 +574,7 @@ def test_only_varying_counts_loosen_exactness() -> None:
 
 def recipe_of(images: Path, folder: Path, **objective: Any) -> dict[str, Any]:
     chosen = {"name": "beit", **TINY_BEIT, "tokenizer": tokenizer_file(), "early_layer": 1, **objective}
-    values = tiny_recipe(images, folder, objective=chosen, evals={"codebook": {"every": "6 steps"}})
+    values = tiny_recipe(images, folder, objective=chosen, evals={"codebook": {"every": "6 steps"}, "decoded": {}})
     values["encoder"] = dict(TINY_BEIT_ENCODER)
     return values
 
@@ -590,6 +590,8 @@ def test_a_run_measures_masked_accuracy(trained: Path) -> None:
     final = json.loads((trained / "result.json").read_text())["evaluations"]["final"]
     assert {"codebook/masked_accuracy", "codebook/commonest", "codebook/usage", "codebook/entropy"} <= final.keys()
     assert 0 <= final["codebook/masked_accuracy"] <= 1
+    assert 0 < final["decoded/error"] < 1, "patches are nearer to the mean of their code than to that of all"
+    assert len(list((trained / "pictures").glob("decoded_*.png"))) == 2
     assert (trained / "encoder" / "model.safetensors").is_file()
 
 

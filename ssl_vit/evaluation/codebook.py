@@ -17,6 +17,30 @@ logger = logging.getLogger(__name__)
 MASK_SEED = 4
 
 
+def coded(subject: Subject, batch: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """What an objective with a tokenizer predicts of normalised images, its ``codes`` among it.
+
+    Args:
+        subject: what is judged.
+        batch: ``image`` (B, C, H, W), normalised.
+        name: of the evaluation, for the message.
+
+    Raises:
+        InputError: the objective has no tokenizer.
+    """
+    mean, std = (
+        torch.tensor(v, device=subject.device).view(-1, 1, 1) for v in (subject.pixels.mean, subject.pixels.std)
+    )
+    pixels = ((batch["image"] * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+    try:
+        found = subject.objective({**batch, "target_image": pixels}, call="predict")
+    except (KeyError, ValueError):
+        found = {}
+    if not isinstance(found, dict) or "codes" not in found:
+        raise InputError(f"evals.{name}: needs objective.name=tokenizer_training or beit; leave it out")
+    return dict(found)
+
+
 class Codebook(Evaluation):
     """Codes of held-out pictures, for tokenizer_training and beit.
 
@@ -44,22 +68,12 @@ class Codebook(Evaluation):
         seed_generators(derive_seed(subject.seed, MASK_SEED))
         names: list[str] = []
         sizes: list[int] = []
-        mean, std = (
-            torch.tensor(values, device=subject.device).view(-1, 1, 1)
-            for values in (subject.pixels.mean, subject.pixels.std)
-        )
 
         def codes_and_numbers(batch: dict[str, Tensor]) -> Tensor:
-            pixels = ((batch["image"] * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-            try:
-                found = subject.objective({**batch, "target_image": pixels}, call="predict")
-            except (KeyError, ValueError):
-                found = {}
-            if not isinstance(found, dict) or "codes" not in found:
-                raise InputError("evals.codebook: needs objective.name=tokenizer_training or beit; leave it out")
+            found = coded(subject, batch, "codebook")
             codes = found.pop("codes")
             sizes[:] = [int(found.pop("vocab_size"))]
-            names[:] = sorted(found)
+            names[:] = sorted(set(found) - {"predicted", "mask"})
             return torch.cat([codes.float(), *(found[name].float()[:, None] for name in names)], dim=1)
 
         whole = subject.images

@@ -149,7 +149,8 @@ class BEiT(Objective):
         return loss, metrics
 
     def predict(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """``codes`` int64 (B, N) of ``target_image``, ``vocab_size``, and the share of masked ones predicted, (B,).
+        """``codes`` int64 (B, N) of ``target_image``, ``predicted`` ones, ``mask``, ``vocab_size``, and
+        ``masked_accuracy``: the share of masked ones predicted, (B,).
 
         Pictures of another size are resized for the tokenizer; a batch without ``mask`` gets drawn ones.
         """
@@ -159,10 +160,10 @@ class BEiT(Objective):
         if "mask" not in batch:
             drawn = [block_mask(view.grid_size, view.num_masked, view.min_block, view.max_block) for _ in image]
             batch = {**batch, "mask": torch.stack(drawn).to(codes.device)}
-        right = self.head(self._paths(batch)[""]).argmax(dim=-1) == codes
-        mask = batch["mask"]
-        share = (right & mask).sum(dim=1) / mask.sum(dim=1)
-        return {"codes": codes, "vocab_size": torch.tensor(self.tokenizer.vocab_size), "masked_accuracy": share}
+        predicted, mask = self.head(self._paths(batch)[""]).argmax(dim=-1), batch["mask"]
+        share = ((predicted == codes) & mask).sum(dim=1) / mask.sum(dim=1)
+        size = torch.tensor(self.tokenizer.vocab_size)
+        return {"codes": codes, "predicted": predicted, "mask": mask, "vocab_size": size, "masked_accuracy": share}
 
     def target_facts(self) -> dict[str, Any]:
         """The tokenizer: its weights, and the size of its pictures."""
