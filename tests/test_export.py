@@ -187,7 +187,7 @@ def test_a_folder_is_pushed_only_when_asked(tmp_path: Path, monkeypatch: pytest.
     export(source, tmp_path / "pushed", ExportOptions(push="me/encoder"))
     assert [name for name, _ in calls] == ["create", "upload"]
     assert calls[0][1] == ("me/encoder", {"private": True, "exist_ok": True})
-    assert {"config.json", "model.safetensors"} <= set(calls[1][1][1])
+    assert {"config.json", "model.safetensors", "README.md"} <= set(calls[1][1][1])
     with pytest.raises(
         InputError, match=r"push=me/refused: not uploaded, ConnectionError: 401 you are nobody; .*is whole"
     ):

@@ -94,6 +94,11 @@ def test_constants_travel_and_overriding_them_warns(
     processor = json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())
     assert processor["image_mean"] == [0.4, 0.5, 0.6]
     assert processor["image_std"] == [0.2, 0.3, 0.4]
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "library_name: transformers" in card
+    assert f'AutoModel.from_pretrained("{tmp_path / "hf"}"' in card
+    assert "create_model" not in card
+    assert "knn/top1" in card, "results, data and recipe are those of the run's own card"
     caplog.clear()
     judged(mine, images, tmp_path / "other", data={"val": f"folder:{images}", "mean": [0.5] * 3})
     assert "data.mean=[0.5, 0.5, 0.5] overrides [0.4, 0.5, 0.6]" in caplog.text

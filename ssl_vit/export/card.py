@@ -30,14 +30,34 @@ def write_card(folder: str | Path, facts: Mapping[str, Any]) -> Path:
     head = ["---", "library_name: timm", "tags: [image-feature-extraction, timm]"]
     head += [f"license: {license_name}"] if license_name else []
     lines = [*head, "---", "", f"# {title}", "", "An image encoder trained by ssl_vit with the recipe below.", ""]
-    lines += ["```python", "import timm", f'encoder = timm.create_model("local-dir:{path}", pretrained=True).eval()']
-    lines += ["```", ""]
+    lines += [*loading_lines("timm", str(path)), ""]
     order = [key for key in TITLES if key in facts] + [key for key in facts if key not in TITLES]
     for key in order:
         lines += [f"## {TITLES.get(key, key.replace('_', ' ').capitalize())}", "", *_section(facts[key]), ""]
     card = folder / "README.md"
     card.write_text("\n".join(lines), encoding="utf-8")
     return card
+
+
+def loading_lines(kind: str, path: str) -> list[str]:
+    """A code block that loads a folder.
+
+    Args:
+        kind: ``timm``, ``transformers`` or ``vit_mae``.
+        path: of the folder.
+    """
+    code = {
+        "timm": ["import timm", f'encoder = timm.create_model("local-dir:{path}", pretrained=True).eval()'],
+        "transformers": [
+            "from transformers import AutoModel",
+            f'encoder = AutoModel.from_pretrained("{path}", add_pooling_layer=False).eval()',
+        ],
+        "vit_mae": [
+            "from transformers import ViTMAEForPreTraining",
+            f'mae = ViTMAEForPreTraining.from_pretrained("{path}").eval()',
+        ],
+    }
+    return ["```python", *code[kind], "```"]
 
 
 def _section(value: Any) -> list[str]:

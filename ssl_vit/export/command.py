@@ -78,8 +78,34 @@ def export(source: Path, out: Path, options: ExportOptions) -> None:
             _encoder(source, out, options.format, encoder, data)
     except ValueError as error:
         raise InputError(f"{source}: {error}") from None
+    if options.format in FOLDERS:
+        _card(source, out, options.format, config, data)
     if options.push:
         _push(out, options.push)
+
+
+def _card(source: Path, out: Path, kind: str, encoder: dict[str, Any], data: dict[str, Any]) -> None:
+    """The model card: that of the run with the lines that load this folder, or what is known without a run."""
+    from ssl_vit.export.card import loading_lines, write_card
+
+    for folder in (source, *source.resolve().parents[:2]):
+        if (folder / "recipe.yaml").is_file() and (folder / "README.md").is_file():
+            text = (folder / "README.md").read_text(encoding="utf-8")
+            break
+    else:
+        text = write_card(out, {"encoder": encoder, "data": data}).read_text(encoding="utf-8")
+    library = "timm" if kind == "timm" else "transformers"
+    text = text.replace("library_name: timm", f"library_name: {library}", 1).replace(
+        "extraction, timm]", f"extraction, {library}]", 1
+    )
+    text = re.sub(
+        r"```python\n.*?```",
+        lambda _: "\n".join(loading_lines(kind, str(out.resolve()))),
+        text,
+        count=1,
+        flags=re.DOTALL,
+    )
+    (out / "README.md").write_text(text, encoding="utf-8")
 
 
 def _check_push(options: ExportOptions) -> None:
