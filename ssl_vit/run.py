@@ -28,6 +28,7 @@ from ssl_vit.training.plan import Plan
 from ssl_vit.training.run_folder import RunFolder
 from ssl_vit.training.signals import Interrupted, Preempted, StopRequest
 from ssl_vit.training.skips import Skips
+from ssl_vit.training.strategies import compile_blocks
 from ssl_vit.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,8 @@ def run(recipe: Recipe, resume: str = "auto") -> None:
             folder.log_to_file()
             folder.status("running", start_step)
         announce(recipe, plan, sets, accelerator, launch, start_step, workers, objective.level_c)
+        if recipe.run.compile:
+            compile_blocks(objective)
         strategy = KINDS[launch.kind](accelerator, objective, recipe.optim, plan.accumulation)
         if saved:
             strategy.load(None, saved.optimizer)
@@ -225,11 +228,12 @@ def evaluate_when_due(
 def measure(subject: Subject, evaluations: dict[str, Evaluation]) -> dict[str, float]:
     """All numbers of some evaluations, named ``evaluation/number``, with the seconds each took."""
     results: dict[str, float] = {}
-    for name, evaluation in evaluations.items():
-        subject.pause_point()
-        start = time.monotonic()
-        results |= {f"{name}/{key}": value for key, value in evaluation(subject).items()}
-        results[f"{name}/seconds"] = round(time.monotonic() - start, 3)
+    with torch.compiler.set_stance("force_eager"):  # blocks are compiled for the shapes of training only
+        for name, evaluation in evaluations.items():
+            subject.pause_point()
+            start = time.monotonic()
+            results |= {f"{name}/{key}": value for key, value in evaluation(subject).items()}
+            results[f"{name}/seconds"] = round(time.monotonic() - start, 3)
     return results
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, tiny_recipe
+from safetensors.torch import load_file
 
 from ssl_vit.config import Duration, InputError, check, to_yaml
 from ssl_vit.recipe import Recipe, check_recipe
@@ -350,3 +351,24 @@ def test_numbers_of_a_training_line(images: Path, tmp_path: Path) -> None:
     assert first["epoch"] == pytest.approx(16 / 72)
     for name in ("recipe.yaml", "environment.json", "train.log", "status.json", "result.json", "README.md", "encoder"):
         assert (folder / name).exists(), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mae", "classification"])
+def test_compiled_blocks_train_the_same(name: str, images: Path, tmp_path: Path) -> None:
+    """The losses of an uncompiled run to 1e-5, the same names in its checkpoints, and each resumes the other."""
+    runs = {}
+    for compiled in (False, True):
+        values = tiny_recipe(images, tmp_path / str(compiled), evals={"knn": {}})
+        values["objective"] = {"name": name, **({} if name == "classification" else values["objective"])}
+        values["run"]["compile"] = compiled
+        runs[compiled] = train(values)
+    plain, fast = (losses(runs[compiled]) for compiled in (False, True))
+    for (step, expected), (again, found) in zip(plain, fast, strict=True):
+        assert step == again
+        assert found == pytest.approx(expected, rel=1e-5)
+    names = [
+        load_file(sorted((run / "checkpoints").glob("step_*"))[-1] / "objective.safetensors").keys()
+        for run in runs.values()
+    ]
+    assert names[0] == names[1]

@@ -141,6 +141,12 @@ def transformer_blocks(objective: nn.Module) -> list[nn.Module]:
     return [module for module in objective.modules() if hasattr(module, "attn") and hasattr(module, "mlp")]
 
 
+def compile_blocks(objective: nn.Module) -> None:
+    """Compile each transformer block by itself, in place, for the shapes of training; names stay as they are."""
+    for block in transformer_blocks(objective):
+        block.compile(dynamic=False)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A sharded tensor gathered (all processes take part), any other as it is."""
     from torch.distributed.tensor import DTensor
