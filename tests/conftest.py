@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
+import io
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -155,6 +159,20 @@ def tiny_recipe(images: Path, folder: Path, **overrides: Any) -> dict[str, Any]:
         else:
             recipe[section] = value
     return recipe
+
+
+def in_process(script: str | Path, *words: str) -> Any:
+    """A pipeline in this process, for speed: what a process of its own would print, and its exit code."""
+    stdout, stderr, argv, code = io.StringIO(), io.StringIO(), sys.argv, 0
+    sys.argv = [str(script), *words]
+    try:
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    finally:
+        sys.argv = argv
+    return SimpleNamespace(returncode=code, stdout=stdout.getvalue(), stderr=stderr.getvalue())
 
 
 def run_python(*words: str, cwd: Path = ROOT, env: dict[str, str] | None = None, timeout: int = 300) -> Any:

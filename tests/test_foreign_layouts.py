@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import TINY_ENCODER, run_python
+from conftest import TINY_ENCODER, in_process
 from transformers import (
     BeitConfig,
     BeitForMaskedImageModeling,
@@ -154,7 +154,7 @@ def test_a_folder_of_transformers_is_probed_through_the_door(images: Path, tmp_p
         "run.workers=0",
         f"run.dir={tmp_path / 'run'}",
     ]
-    done = run_python("pipelines/knn.py", *words)
+    done = in_process("pipelines/knn.py", *words)
     assert done.returncode == 0, done.stderr
     assert 0 < json.loads((tmp_path / "run" / "result.json").read_text())["evaluations"]["final"]["knn/top1"] <= 1
 

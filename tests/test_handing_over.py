@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_python, tiny_recipe
+from conftest import ROOT, in_process, tiny_recipe
 
 from ssl_vit.config import check
 from ssl_vit.recipe import Recipe, check_recipe
@@ -24,7 +24,7 @@ def place(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("handing_over")
     run(check_recipe(check(Recipe, tiny_recipe(images, folder / "runs" / "mine", evals={}))))
     (folder / "images").symlink_to(images)
-    done = run_python("pipelines/export.py", str(folder / "runs/mine"), str(folder / "exported"), "format=transformers")
+    done = in_process("pipelines/export.py", str(folder / "runs/mine"), str(folder / "exported"), "format=transformers")
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -54,7 +54,7 @@ def test_the_example_runs(title: str, place: Path) -> None:
 
 def test_its_commands_are_real() -> None:
     """The forms of the table are those that export.py knows."""
-    help_text = run_python("pipelines/export.py", "--help").stdout
+    help_text = in_process("pipelines/export.py", "--help").stdout
     formats = re.findall(r"format=(\w+)", DOCUMENT)
     assert len(formats) == 4
     for name in formats:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import TINY_ENCODER, run_python, tiny_recipe, write_images
+from conftest import TINY_ENCODER, in_process, tiny_recipe, write_images
 from safetensors.torch import load_file, save_file
 from test_evaluation import PIXELS, subject
 from test_trainer import train
@@ -89,7 +89,7 @@ def test_constants_travel_and_overriding_them_warns(
     assert used["interpolation"] == "bilinear"
     config = json.loads((mine / "encoder" / "config.json").read_text())["pretrained_cfg"]
     assert (config["mean"], config["std"]) == ([0.4, 0.5, 0.6], [0.2, 0.3, 0.4])
-    done = run_python("pipelines/export.py", str(mine), str(tmp_path / "hf"), "format=transformers")
+    done = in_process("pipelines/export.py", str(mine), str(tmp_path / "hf"), "format=transformers")
     assert done.returncode == 0, done.stderr
     processor = json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())
     assert processor["image_mean"] == [0.4, 0.5, 0.6]
@@ -262,7 +262,7 @@ def test_files_of_another_kind_are_refused_in_one_line(kind: str, mine: Path, tm
     np.save(files["array"], np.zeros(3))
     files["tokenizer"].mkdir()
     (files["tokenizer"] / "tokenizer.json").write_text("{}")
-    done = run_python(
+    done = in_process(
         "pipelines/knn.py", f"encoder.init={files[kind]}", "encoder.name=vit_tiny_patch16_224",
         "data.val=builtin:digits-test", f"run.dir={tmp_path / 'run'}",
     )  # fmt: skip

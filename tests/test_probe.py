@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY_ENCODER, run_python, tiny_recipe
+from conftest import TINY_ENCODER, in_process, run_python, tiny_recipe
 from test_finetune import FAMILIES
+from test_trainer import train
 from torch.nn import functional as F
 
 from ssl_vit.data.augment import AugmentSection, SupervisedView
@@ -147,7 +148,7 @@ def test_the_door(images: Path, tmp_path: Path) -> None:
     """A published protocol runs through linear_probe.py on a run; other objectives are sent to their own door."""
     run = tiny_recipe(images, tmp_path / "run", objective={"name": "classification"}, evals={})
     (tmp_path / "run.yaml").write_text(json.dumps(run))
-    assert run_python("pipelines/train_supervised.py", "--config", str(tmp_path / "run.yaml")).returncode == 0
+    train(run)
     words = [
         f"data.train=folder:{images}", f"data.val=folder:{images}", f"encoder.init={tmp_path / 'run'}",
         f"run.dir={tmp_path / 'probe'}", "run.workers=0", "run.tensorboard=false", "optim.batch_size=24",
@@ -158,9 +159,9 @@ def test_the_door(images: Path, tmp_path: Path) -> None:
     result = json.loads((tmp_path / "probe" / "result.json").read_text())
     assert result["heads"] == ["stage_2_token"]
     assert 0 < result["evaluations"]["final"]["heads/top1"] <= 1
-    done = run_python("pipelines/linear_probe.py", "--config", str(tmp_path / "run.yaml"))
+    done = in_process("pipelines/linear_probe.py", "--config", str(tmp_path / "run.yaml"))
     assert done.returncode == 2
     assert "takes objective.name='probe' or no objective; use pipelines/train_supervised.py" in done.stderr
-    done = run_python("pipelines/knn.py", "--config", "configs/linear_probe/mae_in1k.yaml", *words)
+    done = in_process("pipelines/knn.py", "--config", "configs/linear_probe/mae_in1k.yaml", *words)
     assert done.returncode == 2
     assert "takes no objective: it only measures" in done.stderr
