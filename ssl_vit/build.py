@@ -17,7 +17,7 @@ from ssl_vit.data.loader import IMAGENET_MEAN, IMAGENET_STD, Pixels
 from ssl_vit.data.order import Stream
 from ssl_vit.encoders.base import Encoder, create_encoder
 from ssl_vit.encoders.weights import encoder_config, fill_encoder, fill_objective
-from ssl_vit.evaluation.base import Evaluation
+from ssl_vit.evaluation.base import Evaluation, Subset
 from ssl_vit.modules.target_cache import TargetCache
 from ssl_vit.objectives.base import Objective
 from ssl_vit.recipe import (
@@ -138,8 +138,12 @@ def resolve_precision(recipe: AnyRecipe) -> str:
     return recipe.mixed_precision
 
 
-def build_evaluations(evals: dict[str, Any], labelled: bool) -> dict[str, Evaluation]:
-    """The evaluations of a recipe by name; those that need labels are left out, and named, where there are none."""
+def build_evaluations(evals: dict[str, Any], labelled: bool, probe: Subset | None = None) -> dict[str, Evaluation]:
+    """The evaluations of a recipe by name; those that need labels are left out, and named, where there are none.
+
+    Raises:
+        InputError: an impossible argument, or the labelled images ``probe`` are not enough for one.
+    """
     built = {}
     for name, values in evals.items():
         cls, arguments = evaluation_class(name), {key: value for key, value in values.items() if key != "every"}
@@ -147,6 +151,8 @@ def build_evaluations(evals: dict[str, Any], labelled: bool) -> dict[str, Evalua
     for name in [name for name, evaluation in built.items() if evaluation.labelled and not labelled]:
         logger.info("%s: left out, it needs labelled images (data.val)", name)
         del built[name]
+    for evaluation in built.values():
+        evaluation.check(probe)
     return built
 
 

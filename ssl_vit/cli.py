@@ -116,7 +116,7 @@ def pretrain(
 
 def _door_of(objective: str | None, pipeline: str) -> str:
     """Which pipeline trains an objective: the one beside ``pipeline`` whose call of :func:`pretrain` names it."""
-    call = re.compile(r"""cli\.pretrain\(\s*__doc__,\s*__file__,\s*["'](\w+)["']""")
+    call = re.compile(r"""cli\.(?:pretrain\(\s*__doc__,\s*__file__,|evaluate\(.*trains=)\s*["'](\w+)["']""")
     files = sorted(Path(pipeline).resolve().parent.glob("*.py"))
     doors = {found[1]: f"pipelines/{file.name}" for file in files if (found := call.search(file.read_text()))}
     return f"use {doors[objective]}" if objective in doors else f"there are {', '.join(doors.values())}"
@@ -246,10 +246,10 @@ def _watched(values: dict[str, Any], run: Path, section: Any) -> None:
     if section is not EvaluationRecipe:
         raise InputError(f"--watch {run}: measures checkpoints of a run; allowed in evaluations without an objective")
     of_run = load([check_watched(run).path / "recipe.yaml"], [])["data"]
-    given = {key: value for key, value in values.setdefault("data", {}).items() if value is not None}
+    given = {key: value for key, value in (values.get("data") or {}).items() if value is not None}
     values["data"] = {**of_run, **given}
     values["encoder"] = {"init": str(run)}
-    values["run"]["dir"] = str(run / "watch")
+    values["run"] = {**(values.get("run") or {}), "dir": str(run / "watch")}
 
 
 def find_recipe(file: Path, configs: Path) -> Path:

@@ -23,7 +23,8 @@ from ssl_vit.data.bad_samples import BadReport
 from ssl_vit.data.index import Index
 from ssl_vit.data.loader import EvalBatches, Pixels, iterate
 from ssl_vit.data.views import CentreView
-from ssl_vit.modules.pools import OWN, check_pools, pooled
+from ssl_vit.encoders.base import number_of
+from ssl_vit.modules.pools import OWN, check_pools, side_by_side
 from ssl_vit.modules.target_cache import state_hash
 from ssl_vit.objectives.base import Objective
 from ssl_vit.recipe import EmbeddingRecipe
@@ -31,7 +32,8 @@ from ssl_vit.training.checkpoint import sync_write
 from ssl_vit.training.environment import library_versions
 from ssl_vit.training.launch import Launch
 from ssl_vit.training.run_folder import RunFolder
-from ssl_vit.training.signals import Preempted, StopRequest
+from ssl_vit.training.signals import Interrupted, Preempted, StopRequest
+from ssl_vit.training.strategies import forward_in_precision
 
 logger = logging.getLogger(__name__)
 
@@ -60,12 +62,7 @@ def embed(recipe: EmbeddingRecipe, resume: str = "auto") -> None:
         indexes = [splits.open_data(recipe.data, spec) for spec in splits.train_specs(recipe.data)]
         if not indexes:
             raise InputError("data.train: is required; give the images as data.train=folder:/my/images or shards")
-        facts = {
-            "encoder": state_hash(objective.encoder.model),
-            "data": [index.fingerprint for index in indexes],
-            "pixels": plain(asdict(pixels)),
-            "form": plain(recipe.embed),
-        }
+        facts = _facts(recipe, objective, indexes, pixels)
         _compare(folder.path / "features.json", facts)
         folder.lock()
         accelerator = launch.open(precision, recipe.run.deterministic)
@@ -77,18 +74,24 @@ def embed(recipe: EmbeddingRecipe, resume: str = "auto") -> None:
             sync_write(folder.path / "features.json", json.dumps(facts, indent=1) + "\n")
         distributed.barrier()
         objective.to(accelerator.device)
+        forward_in_precision(objective, accelerator)
         shards = [(index, number) for index in indexes for number in range(len(index.shards))]
         parts = [Part(folder.path / "features", i, recipe.embed.format) for i in range(len(shards))]
         stop.waits = True
-        with accelerator.autocast(), torch.inference_mode():
+        with torch.inference_mode():
             for place in range(distributed.rank(), len(shards), distributed.world_size()):
                 if not parts[place].done():
                     index, number = shards[place]
                     found = _of_shard(index, number, features, pixels, recipe, accelerator.device, stop)
+                    if found is None:  # asked to stop
+                        break
                     parts[place].write(*found)
                     url, count = index.shards[number].url, len(found[0])
                     logger.info("part %d of %d: %s, %d images", place + 1, len(shards), url, count)
-        distributed.barrier()
+        try:
+            stop.check(accelerator.device)  # every process comes here, whether it was stopped or is through
+        except Interrupted:
+            raise Preempted(0, None, stop.name(), kept="the parts that are whole") from None
         if accelerator.is_main_process:
             _finish(recipe, folder, parts, facts, features.width)
 
@@ -105,7 +108,8 @@ class Features:
     def __init__(self, objective: Objective, stages: list[int], pool: str) -> None:
         check_pools([pool], (OWN, "token", "avg", "both"))
         encoder = objective.encoder
-        if pool == OWN and stages != [-1]:
+        last = len(encoder.stages)
+        if pool == OWN and [number_of(stage, last, encoder.name) for stage in stages] != [last]:
             raise ValueError(f"stages={stages} with pool={OWN!r}: the encoder's own feature is that of its last block")
         self.objective, self.stages, self.pool = objective, stages, pool
         self.width = self({"image": torch.zeros(1, encoder.in_chans, *encoder.img_size)}).shape[1]
@@ -116,7 +120,7 @@ class Features:
         if self.pool == OWN:
             return self.objective.encoder.pool(self.objective(batch, call="encode"))
         tokens = self.objective(batch, call="intermediates", stages=self.stages)
-        return torch.cat([pooled(found, self.pool) for found in tokens], dim=1)
+        return side_by_side(tokens, self.pool)
 
 
 class Part:
@@ -177,8 +181,8 @@ def _of_shard(
     recipe: EmbeddingRecipe,
     device: torch.device,
     stop: StopRequest,
-) -> tuple[np.ndarray, list[str], list[int], list[BadReport]]:
-    """Features, keys and labels of a shard's good samples in their order, and its bad ones."""
+) -> tuple[np.ndarray, list[str], list[int], list[BadReport]] | None:
+    """Features, keys and labels of a shard's good samples in their order, and its bad ones; None: asked to stop."""
     samples = np.arange(index.starts[shard], index.starts[shard + 1])
     view = CentreView(features.objective.encoder.img_size, pixels.crop_pct, pixels.interpolation)
     batches = EvalBatches(index, samples, view, pixels, recipe.run.eval_batch_size)
@@ -186,7 +190,7 @@ def _of_shard(
     good = np.zeros(len(samples), dtype=bool)
     for batch, reports in iterate(batches, range(len(batches)), build.loader_workers(recipe.run)):
         if stop.number:
-            raise Preempted(0, None, stop.name())
+            return None
         bad += reports
         if batch:
             good[batch["index"].numpy()] = True
@@ -194,6 +198,16 @@ def _of_shard(
     chosen = samples[good]
     labels = index.samples["label"][chosen].astype(np.int64).tolist()
     return np.concatenate(found), [index.key(int(sample)) for sample in chosen], labels, bad
+
+
+def _facts(recipe: EmbeddingRecipe, objective: Objective, indexes: list[Index], pixels: Pixels) -> dict[str, Any]:
+    """What the numbers of every part depend on."""
+    return {
+        "encoder": state_hash(objective.encoder.model),
+        "data": [index.fingerprint for index in indexes],
+        "pixels": plain(asdict(pixels)),
+        "form": plain(recipe.embed),
+    }
 
 
 def _compare(file: Path, facts: dict[str, Any]) -> None:

@@ -203,8 +203,8 @@ class TransferRecipe(EvaluationRecipe):
         encoder: init: a run, checkpoint, export or file; or a timm name and arguments
         evals: evaluations by name, with constructor arguments
         sets: name, group, train, val of each set
-        train_images: evaluations train on so many images of each set; 1000 with evals.sweep is VTAB's 800, and
-            200 to choose on (a fifth of each class); null: all
+        train_images: evaluations train on so many images of each set; 1000 with evals.sweep is VTAB's 800 and
+            200 to choose on, or more of those where classes are small (at least one of each); null: all
         missing: a set that is not at hand: skip it and say so in the table, or stop before anything is measured
     """
 

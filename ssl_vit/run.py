@@ -28,7 +28,7 @@ from ssl_vit.training.plan import Plan
 from ssl_vit.training.run_folder import RunFolder
 from ssl_vit.training.signals import Interrupted, Preempted, StopRequest
 from ssl_vit.training.skips import Skips
-from ssl_vit.training.strategies import compile_blocks
+from ssl_vit.training.strategies import compile_blocks, forward_in_precision
 from ssl_vit.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -53,13 +53,13 @@ def run(recipe: Recipe, resume: str = "auto") -> None:
             logger.info("run.dir=%s: this run is finished; nothing to do", folder.path)
             return report(folder)
         objective = build.build_objective(recipe)
-        launch.check(objective, recipe.optim.clip_mode)
+        launch.check(objective, recipe.optim.clip_mode, recipe.optim.name)
         sets = splits.open_sets(recipe.data, opened)
         stream = sets.stream(recipe)
         build.open_targets(objective, recipe, sets, stream)
         plan = Plan(recipe.optim, stream.epoch_size, micro, launch.num_ranks)
         plan.check()
-        evaluations = build.build_evaluations(recipe.evals, labelled=sets.val is not None)
+        evaluations = build.build_evaluations(recipe.evals, sets.val is not None, sets.probe)
         folder.lock()
         saved = folder.restore(resume, objective, sets.fingerprint)
         state: dict[str, Any] = saved.state if saved else {"data": sets.fingerprint}
@@ -143,7 +143,7 @@ def evaluate(recipe: EvaluationRecipe, resume: str = "auto") -> None:
             return report(folder)
         objective = build.build_frozen(recipe)
         sets = splits.open_sets(recipe.data)
-        evaluations = build.build_evaluations(recipe.evals, labelled=sets.val is not None)
+        evaluations = build.build_evaluations(recipe.evals, sets.val is not None, sets.probe)
         workers = build.loader_workers(recipe.run)
         folder.lock()
         accelerator = launch.open(precision, recipe.run.deterministic)
@@ -153,14 +153,14 @@ def evaluate(recipe: EvaluationRecipe, resume: str = "auto") -> None:
             folder.log_to_file()
             folder.status("running")
         encoder = objective.to(accelerator.device).encoder
+        forward_in_precision(objective, accelerator)
         log = MetricsLog(folder.path, -1, 0, recipe.run.tensorboard, main)
         bad = BadSamples(folder.path / "bad_samples.jsonl", 1.0)
         subject = subject_of(recipe, encoder, objective, pixels, sets, accelerator.device, workers, log, bad)
         subject.pause_point = lambda: stop.check(accelerator.device)
         stop.waits = True
         try:
-            with accelerator.autocast():
-                results = measure(subject, evaluations)
+            results = measure(subject, evaluations)
         except Interrupted:
             raise Preempted(0, None, stop.name()) from None
         log.evaluation(0, results)

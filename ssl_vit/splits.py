@@ -114,6 +114,10 @@ def resolve_classes(recipe: Recipe, opened: dict[str, Index] | None = None) -> N
         InputError: training data without labels or with different classes, or other classes in ``data.val``.
     """
     data, stated = recipe.data, recipe.objective
+    wrong = "accuracy" if stated["name"] == "probe" else "heads"
+    if wrong in recipe.evals:
+        right = "heads" if wrong == "accuracy" else "accuracy"
+        raise InputError(f"evals.{wrong}: not with objective.name={stated['name']!r}; take evals.{right}")
     if "num_classes" not in stated:
         if "accuracy" in recipe.evals:
             raise InputError(f"evals.accuracy: objective.name={stated['name']!r} predicts no classes; leave it out")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from statistics import fmean
 from typing import Any
 
@@ -40,6 +41,10 @@ def transfer(recipe: TransferRecipe, resume: str = "auto") -> None:
             + (f" (and {len(absent) - 1} more sets)" if len(absent) > 1 else "")
             + ("; missing=skip leaves out what is not at hand" if recipe.missing == "stop" else "")
         )
+    folder.lock()
+    if os.environ.get("RANK", "0") == "0":  # before the first set: only a folder with a recipe can be gone on with
+        folder.open(recipe, {})
+        folder.status("running")
     rows = []
     for row in recipe.sets:
         if row.name in absent:
@@ -52,7 +57,6 @@ def transfer(recipe: TransferRecipe, resume: str = "auto") -> None:
         distributed.barrier()
         rows.append({"name": row.name, "group": row.group, **RunFolder(of_set.run.dir).read_json("result.json")})
     if distributed.is_main():
-        folder.open(recipe, {})
         results = _summary(rows)
         folder.write_json("result.json", results)
         sync_write(folder.path / "transfer.md", table(results))

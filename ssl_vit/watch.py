@@ -21,6 +21,7 @@ from ssl_vit.training.launch import Launch
 from ssl_vit.training.metrics import MetricsLog, read_metrics
 from ssl_vit.training.run_folder import RunFolder
 from ssl_vit.training.signals import Interrupted, Preempted, StopRequest
+from ssl_vit.training.strategies import forward_in_precision
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ def watch(recipe: EvaluationRecipe, path: Path) -> None:
         precision = build.resolve_precision(recipe)
         objective = Objective(build.build_encoder(recipe.encoder)).requires_grad_(False).eval()
         sets = splits.open_sets(recipe.data)
-        evaluations = build.build_evaluations(recipe.evals, labelled=sets.val is not None)
+        evaluations = build.build_evaluations(recipe.evals, sets.val is not None, sets.probe)
         workers = build.loader_workers(recipe.run)
         place.lock()
         accelerator = launch.open(precision, recipe.run.deterministic)
@@ -71,6 +72,7 @@ def watch(recipe: EvaluationRecipe, path: Path) -> None:
         events = run.path / "tensorboard" / "watch"
         log = MetricsLog(place.path, MetricsLog.KEEP_ALL, 0, recipe.run.tensorboard, main, events)
         encoder = objective.to(device).encoder
+        forward_in_precision(objective, accelerator)
         bad = BadSamples(place.path / "bad_samples.jsonl", 1.0)
         subject = subject_of(recipe, encoder, objective, pixels, sets, device, workers, log, bad)
         subject.pause_point = lambda: stop.check(device)
@@ -85,32 +87,38 @@ def watch(recipe: EvaluationRecipe, path: Path) -> None:
                 if step == NOTHING_NEW:
                     time.sleep(POLL)
                     continue
-                if int(distributed.all_max(torch.tensor(not load(encoder, run, step), device=device)).item()):
+                error = load(encoder, run, step)
+                found = 0 if error is None else 1 if isinstance(error, Gone) else 2
+                worst = int(distributed.all_max(torch.tensor(found, device=device)).item())
+                if worst == 2:  # nobody leaves before all know
+                    raise error or InputError(f"step {step}: its checkpoint cannot be read")
+                if worst == 1:
                     logger.warning("step %d: its checkpoint was deleted before it was read; see run.keep_last", step)
                     lost.add(step)
                     continue
                 due = {name: e for name, e in evaluations.items() if name not in measured(place).get(step, ())}
                 distributed.barrier()  # nobody may look after the main process has written
-                with accelerator.autocast():
-                    results = measure(subject.at(step), due)
+                results = measure(subject.at(step), due)
                 log.evaluation(step, results)
         except Interrupted:
-            raise Preempted(0, None, stop.name()) from None
+            raise Preempted(0, None, stop.name(), kept="what was measured") from None
         finally:
             log.close()
         logger.info("%s: the run is %s and every checkpoint that is kept is measured", path, run.read_status()["state"])
 
 
-def load(encoder: Encoder, run: RunFolder, step: int) -> bool:
-    """Fill an encoder from the checkpoint of a step; False: the run has deleted it meanwhile."""
+class Gone(Exception):
+    """The run has deleted a checkpoint."""
+
+
+def load(encoder: Encoder, run: RunFolder, step: int) -> Exception | None:
+    """Fill an encoder from the checkpoint of a step; what went wrong, :class:`Gone` if it is not there any more."""
     folder = Checkpoints(run.checkpoints).path(step)
     try:
         fill_encoder(encoder, folder)
-    except (InputError, OSError):
-        if folder.is_dir():
-            raise
-        return False
-    return True
+    except (InputError, OSError) as error:
+        return error if (folder / "manifest.json").is_file() else Gone()
+    return None
 
 
 def measured(place: RunFolder) -> dict[int, set[str]]:

@@ -272,7 +272,9 @@ def test_each_evaluation_gives_sane_numbers(images: Path) -> None:
     rank = Rank()(judged)
     assert 1 <= rank["effective_rank"] <= 48
     with pytest.raises(InputError, match=r"evals\.few_shot\.shots=\[30\]"):
-        FewShot(shots=[30])(judged)
+        FewShot(shots=[30]).check(judged.probe)
+    with pytest.raises(InputError, match=r"evals\.sweep: 1 labelled images of 1 classes leave none to choose on"):
+        Sweep().check(Subset(judged.subset("probe").index, judged.subset("probe").samples[:1]))
 
 
 def test_rank_of_a_collapsed_encoder_is_one(images: Path) -> None:

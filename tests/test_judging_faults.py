@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from test_evaluation import PIXELS, subject
 from test_trainer import train
 
+from ssl_vit import build
 from ssl_vit.config import InputError, check
 from ssl_vit.encoders.base import create_encoder
 from ssl_vit.evaluation.base import Subject
@@ -128,6 +129,57 @@ def test_neighbours_of_a_dozen_images(tmp_path: Path, caplog: pytest.LogCaptureF
     normal = torch.nn.functional.normalize(features, dim=1)
     similarity = (normal @ normal.T).fill_diagonal_(-1)
     assert found["top1_k1"] == (labels[similarity.argmax(dim=1)] == labels).double().mean().item()
+
+
+def test_a_part_of_the_scored_images_that_votes_does_not_vote_for_itself(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "images", classes=3, per_class=8)
+    torch.manual_seed(0)
+    objective = Objective(create_encoder(**TINY_ENCODER)).eval()
+    spec = f"folder:{folder}"
+    sets = open_sets(DataSection(probe=spec, val=spec, probe_images=9))
+    one = Subject(
+        objective, objective.encoder.pool, (32, 32), PIXELS, torch.device("cpu"), sets.images, sets.probe, sets.val
+    )
+    found = KNN(k=[1])(one)["top1_k1"]
+    bank, bank_labels = one.features("probe")
+    queries, labels = one.features("val")
+    similarity = torch.nn.functional.normalize(queries, dim=1) @ torch.nn.functional.normalize(bank, dim=1).T
+    similarity[similarity > 1 - 1e-5] = -1
+    assert found == (bank_labels[similarity.argmax(dim=1)] == labels).double().mean().item() < 1
+
+
+def test_only_the_encoder_computes_in_bf16(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under bf16 what is made of the features is computed in float32: near-equal features keep their order."""
+    inside: list[torch.dtype] = []
+    outside: list[tuple[bool, torch.dtype]] = []
+
+    def watched(encoder: torch.nn.Module) -> None:
+        encoder.model.blocks[0].mlp.fc1.register_forward_hook(  # pyright: ignore
+            lambda module, given, made: inside.append(made.dtype)
+        )
+
+    built = build.build_frozen
+
+    def frozen(recipe: EvaluationRecipe) -> Objective:
+        objective = built(recipe)
+        watched(objective.encoder)
+        return objective
+
+    def spy(self: KNN, subject: Subject) -> dict[str, float]:
+        features, _ = subject.features("val")
+        outside.append((torch.is_autocast_enabled("cpu"), (features @ features.T).dtype))
+        return {"top1": 0.0}
+
+    monkeypatch.setattr(build, "build_frozen", frozen)
+    monkeypatch.setattr(KNN, "__call__", spy)
+    encoder = dict(TINY_ENCODER)
+    values = {
+        "encoder": encoder, "data": {"val": f"folder:{images}"}, "evals": {"knn": {}}, "mixed_precision": "bf16",
+        "run": {"dir": str(tmp_path / "run"), "workers": 0, "tensorboard": False},
+    }  # fmt: skip
+    evaluate(check_recipe(check(EvaluationRecipe, values)))
+    assert set(inside) == {torch.bfloat16}
+    assert outside == [(False, torch.float32)]
 
 
 def test_a_chain_of_fine_tunings(mine: Path, images: Path, tmp_path: Path) -> None:

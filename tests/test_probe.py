@@ -67,6 +67,41 @@ def test_every_encoder_is_probed_behind_every_stage(family: str) -> None:
     assert objective.eval()(batch(objective), call="decide").shape == (6, len(objective.heads))
 
 
+def test_what_dinov2_joins_and_what_beit_leaves_out() -> None:
+    """Class tokens of two blocks and the mean of the last one's patches; tokens as they leave their block."""
+    objective = probe(stages=[[1, 2]], pools=["tokens_avg"]).eval()
+    image = batch(objective)["image"]
+    first, last = objective.encoder.intermediates(image, [1, 2])
+    feature = torch.cat([first.prefix[:, 0], last.prefix[:, 0], last.patches.mean(dim=1)], dim=1)
+    (head,) = objective.heads.values()
+    expected = head.classifier(feature).argmax(dim=1)
+    assert torch.equal(objective(batch(objective), call="decide")[:, 0], expected)
+    raw = probe(stages=None, pools=["both"], final_norm=False).eval()
+    model, tokens = raw.encoder.model, []
+    x = model.patch_embed(image)
+    x = model._pos_embed(x)
+    for block in model.blocks:
+        x = block(x)
+        tokens.append(x)
+    found = raw.encoder.intermediates(image, [1, 2], norm=False)
+    for ours, theirs in zip(found, tokens, strict=True):
+        torch.testing.assert_close(torch.cat(list(ours), dim=1), theirs, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="final_norm=false: the encoder's own feature is behind its norm"):
+        probe(final_norm=False)
+
+
+def test_a_step_that_is_not_finite_moves_nothing_under_lars() -> None:
+    objective = probe()
+    optim = OptimSection(name="lars", base_lr=0.1, weight_decay=0.0)
+    optimizer: Any = build_optimizer(objective, optim)
+    before = {name: p.detach().clone() for name, p in objective.named_parameters()}
+    for parameter in objective.heads.parameters():
+        parameter.grad = torch.full_like(parameter, float("nan"))
+    optimizer.found_inf = torch.tensor(1.0)
+    optimizer.step()
+    assert all(torch.equal(before[name], p) for name, p in objective.named_parameters())
+
+
 def test_lars_is_maes() -> None:
     """MAE's LARS in its own words: matrices are adapted even without weight decay, one-dimensional parameters never."""
     optim = OptimSection(name="lars", batch_size=512, base_lr=0.1, lr_divisor=256, weight_decay=0.0, betas=(0.9, 0.95))
@@ -132,7 +167,7 @@ def test_maes_crops_are_cut_to_the_image() -> None:
     [
         ({"stages": [3]}, r"stage 3: allowed for vit_tiny_patch16_224: 1 to 2, or -1 to -2"),
         ({"stages": [1], "pools": ["pool"]}, r"stages=\[1\] with pools=pool: the encoder's own feature is that of"),
-        ({"pools": ["tokens"]}, r"allowed: some of pool, token, avg, both, attentive.*token"),
+        ({"pools": ["tokens"]}, r"allowed: some of pool, token, .*, attentive \(did you mean 'token'"),
         ({"learning_rates": [0.0]}, r"learning_rates=\[0.0\]: allowed: positive factors"),
         ({"stages": [[]]}, r"stages=\[\[\]\]: allowed: block numbers or lists of them"),
     ],
@@ -159,6 +194,8 @@ def test_the_door(images: Path, tmp_path: Path) -> None:
     result = json.loads((tmp_path / "probe" / "result.json").read_text())
     assert result["heads"] == ["stage_2_token"]
     assert 0 < result["evaluations"]["final"]["heads/top1"] <= 1
+    assert "evals.accuracy" in in_process("pipelines/linear_probe.py", "--config", "configs/linear_probe/mae_in1k.yaml",
+                                          *words, "evals.accuracy={}").stderr  # fmt: skip
     done = in_process("pipelines/linear_probe.py", "--config", str(tmp_path / "run.yaml"))
     assert done.returncode == 2
     assert "takes objective.name='probe' or no objective; use pipelines/train_supervised.py" in done.stderr

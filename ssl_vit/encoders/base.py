@@ -111,12 +111,13 @@ class Encoder(nn.Module):
         """What :meth:`intermediates` can look behind, in order: blocks; the stages of a Swin or ResNet."""
         return list(self.model.blocks)
 
-    def intermediates(self, image: Tensor, stages: Sequence[int]) -> list[Tokens]:
+    def intermediates(self, image: Tensor, stages: Sequence[int], norm: bool = True) -> list[Tokens]:
         """Tokens behind some stages of one forward pass, the final norm applied where their width is its.
 
         Args:
             image: (B, C, H, W), normalised.
             stages: numbers from 1, or from -1 backwards; the last gives what :meth:`forward` gives.
+            norm: False: tokens as they leave their block, of the last one too.
 
         Raises:
             ValueError: there is no such stage.
@@ -125,7 +126,8 @@ class Encoder(nn.Module):
         stages = [number_of(stage, len(modules), self.name) for stage in stages]
         outputs: dict[int, Tensor] = {}
         handles = []
-        for stage in sorted(set(stages) - {len(modules)}):
+        final = len(modules) if norm else 0
+        for stage in sorted(set(stages) - {final}):
 
             def keep(_: nn.Module, __: tuple, output: Tensor, stage: int = stage) -> None:
                 outputs[stage] = output
@@ -136,11 +138,11 @@ class Encoder(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
-        return [last if stage == len(modules) else self.tokens_of(outputs[stage]) for stage in stages]
+        return [last if stage == final else self.tokens_of(outputs[stage], norm) for stage in stages]
 
-    def tokens_of(self, output: Tensor) -> Tokens:
+    def tokens_of(self, output: Tensor, norm: bool = True) -> Tokens:
         """The output of a stage as tokens."""
-        tokens = self.model.norm(output)
+        tokens = self.model.norm(output) if norm else output
         return Tokens(tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :])
 
     def pool(self, tokens: Tokens) -> Tensor:

@@ -110,7 +110,7 @@ class CNN(Encoder):
             raise ValueError(f"encoder.name={self.name!r}: this encoder masks nothing; allowed: a plain vit_*")
         return self.tokens_of(self.model.forward_features(image))
 
-    def tokens_of(self, output: Tensor) -> Tokens:
+    def tokens_of(self, output: Tensor, norm: bool = True) -> Tokens:
         """The output (B, D, h, w) of a stage."""
         patches = output.flatten(2).transpose(1, 2)  # (B, N, D)
         return Tokens(patches[:, :0], patches)

@@ -107,7 +107,7 @@ class Swin(Encoder):
         """The stages; all but the last are wider grids of narrower tokens."""
         return list(self.model.layers)
 
-    def tokens_of(self, output: Tensor) -> Tokens:
+    def tokens_of(self, output: Tensor, norm: bool = True) -> Tokens:
         """The output (B, h, w, D) of a stage but the last, without norm."""
         patches = output.flatten(1, 2)
         return Tokens(patches[:, :0], patches)

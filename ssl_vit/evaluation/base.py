@@ -94,6 +94,7 @@ class Subject:
         picture: called with a name and a uint8 (H, W, 3) picture.
         on_bad: called with the samples that did not decode.
         pause_point: called by every process between batches and evaluations; may raise to leave them.
+        kept: by the id of a set, the samples of it that decode.
     """
 
     objective: nn.Module
@@ -111,6 +112,7 @@ class Subject:
     picture: Callable[[str, np.ndarray], None] = lambda name, image: None
     on_bad: Callable[[list[BadReport]], None] = lambda reports: None
     pause_point: Callable[[], None] = lambda: None
+    kept: dict[int, np.ndarray] = field(default_factory=dict)
     _features: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def features(self, part: str) -> tuple[Tensor, Tensor]:
@@ -135,10 +137,19 @@ class Subject:
             )
         return subset
 
-    def same_images(self, part: str, other: str) -> bool:
-        """Whether two parts are the same samples, so that a score on one says nothing about unseen images."""
-        a, b = self.subset(part), self.subset(other)
-        return a.index.fingerprint == b.index.fingerprint and np.array_equal(a.samples, b.samples)
+    def places_in_probe(self) -> Tensor | None:
+        """Where each image of ``val`` that decodes stands among those of ``probe``, -1: nowhere; int64 (m,).
+
+        None where the two are of different data. Call it after :meth:`features` of both.
+        """
+        probe, val = self.subset("probe"), self.subset("val")
+        if probe.index.fingerprint != val.index.fingerprint:
+            return None
+        places = np.full(len(probe.index), -1)
+        bank = self.kept[id(probe)]
+        places[bank] = np.arange(len(bank))
+        found = places[self.kept[id(val)]]
+        return torch.from_numpy(found).to(self.device) if (found >= 0).any() else None
 
     @property
     def num_classes(self) -> int:
@@ -160,6 +171,13 @@ class Evaluation:
 
     protocol = ""
     """What is measured and what chose anything that was chosen, for result.json."""
+
+    def check(self, probe: Subset | None) -> None:
+        """Refuse, before anything starts, labelled sets that this evaluation cannot use.
+
+        Raises:
+            InputError: saying why.
+        """
 
     def __call__(self, subject: Subject) -> dict[str, float]:
         """Numbers by name, without the evaluation's own name; the same on every process."""

@@ -55,7 +55,7 @@ def outputs(
     longest = -(-len(subset.samples) // size)
     calls = max(-(-longest // subject.batch_size), 1)
     blank, first_bad = _blank(subject), ""
-    found: Tensor | None = None
+    found = torch.zeros(0, device=subject.device)
     labels = torch.full((len(mine),), -1, device=subject.device)
     good = torch.zeros(len(mine), dtype=torch.bool, device=subject.device)
     was_training = subject.objective.training
@@ -69,20 +69,20 @@ def outputs(
             first_bad = first_bad or f"; the first: {reports[0].name}: {reports[0].reason}"
         moved = subject.pixels.to_device(batch, subject.device) if batch else blank
         values = forward(moved).float()
-        if found is None:
+        if not found.numel():
             found = values.new_zeros((len(mine), values.shape[1]))
         if batch:
             found[moved["index"]] = values
             labels[moved["index"]] = moved["label"]
             good[moved["index"]] = True
     subject.objective.train(was_training)
-    assert found is not None
     total = len(subset.samples)
     everything = distributed.gather_interleaved(found, total)
     kept = distributed.gather_interleaved(good.to(torch.uint8), total).bool()
     if not kept.any():
         raise InputError(f"evaluation: none of the {total} images decodes{first_bad}")
     _check_finite(subset, everything, kept)
+    subject.kept[id(subset)] = subset.samples[kept.cpu().numpy()]
     return everything[kept], distributed.gather_interleaved(labels, total)[kept]
 
 

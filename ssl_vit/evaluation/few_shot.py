@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import statistics
 
+import numpy as np
 import torch
 
 from ssl_vit.config import InputError
-from ssl_vit.evaluation.base import Evaluation, Subject
+from ssl_vit.evaluation.base import Evaluation, Subject, Subset
 from ssl_vit.evaluation.logistic import fit_selected
 
 PENALTIES = [1.0, 1e-1, 1e-2, 1e-3, 1e-4]
@@ -36,6 +37,16 @@ class FewShot(Evaluation):
             raise ValueError(f"draws={draws}: should be at least 1")
         self.shots, self.draws, self.penalties = shots, draws, penalties
 
+    def check(self, probe: Subset | None) -> None:
+        """Every class needs as many labelled images as the largest of ``shots``."""
+        counts = np.bincount(probe.labels) if probe else np.zeros(0)
+        least = int(counts[counts > 0].min()) if counts.any() else max(self.shots)
+        if least < max(self.shots):
+            raise InputError(
+                f"evals.few_shot.shots={self.shots}: the smallest class of data.probe has only {least} images; "
+                "allowed: up to that"
+            )
+
     def __call__(self, subject: Subject) -> dict[str, float]:
         """``top1`` and for each number of shots ``top1_shotsN``, with the ``spread_shotsN`` over draws.
 
@@ -43,12 +54,6 @@ class FewShot(Evaluation):
         """
         features, labels = subject.features("probe")
         queries, expected = subject.features("val")
-        counts = torch.bincount(labels)
-        if int(counts[counts > 0].min()) < max(self.shots):
-            raise InputError(
-                f"evals.few_shot.shots={self.shots}: the smallest class of data.probe has only "
-                f"{int(counts[counts > 0].min())} images; allowed: up to that"
-            )
         results, mean, spread = {}, 0.0, 0.0
         for shots in self.shots:
             accuracies = []

@@ -36,13 +36,13 @@ class KNN(Evaluation):
         """``top1``, its ``standard_error`` and ``top1_kN`` for each k."""
         bank, bank_labels = subject.features("probe")
         queries, labels = subject.features("val")
-        same = subject.same_images("probe", "val")
-        most = len(bank) - same
+        own = subject.places_in_probe()
+        most = len(bank) - (own is not None)
         if max(self.k) > most:
             logger.warning("knn: k is cut to the %d images of data.probe", most)
         ks = list(dict.fromkeys(min(k, most) for k in self.k))
         rank, size = distributed.rank(), distributed.world_size()
-        own = torch.arange(len(queries), device=bank.device)[rank::size] if same else None
+        own = own[rank::size] if own is not None else None
         correct = knn_correct(
             bank, bank_labels, queries[rank::size], labels[rank::size], ks, self.temperature, subject.num_classes,
             self.chunk, own,
@@ -74,7 +74,7 @@ def knn_correct(
         temperature: of the weights.
         num_classes: number of classes.
         chunk: queries compared at once.
-        own: int64 (m,), the place in the bank of each query itself, which does not vote; None: they are not in it.
+        own: int64 (m,), the place in the bank of each query itself, which does not vote; -1 and None: it is not in it.
 
     Returns:
         int64 (len(ks),).
@@ -84,7 +84,9 @@ def knn_correct(
     for start in range(0, len(queries), chunk):
         similarity = F.normalize(queries[start : start + chunk], dim=1) @ bank.T
         if own is not None:
-            similarity.scatter_(1, own[start : start + chunk, None], -torch.inf)
+            some = own[start : start + chunk]
+            rows = (some >= 0).nonzero().flatten()
+            similarity[rows, some[rows]] = -torch.inf
         values, neighbours = similarity.topk(max(ks), dim=1)
         weights, classes = (values / temperature).exp(), bank_labels[neighbours]
         for i, k in enumerate(ks):

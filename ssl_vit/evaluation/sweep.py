@@ -10,6 +10,7 @@ import logging
 import math
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -75,6 +76,14 @@ class Sweep(Evaluation):
         self.min_steps = min_steps
         self.widths: list[int] = []
         self.parts: tuple[str, ...] = ()
+
+    def check(self, probe: Subset | None) -> None:
+        """Something must be left to choose on."""
+        if probe is not None and len(split_by_key(probe, 0.2)[1].samples) < 2:
+            raise InputError(
+                f"evals.sweep: {len(probe.samples)} labelled images of {len(np.unique(probe.labels))} classes leave "
+                "none to choose on; give two or more of a class (data.probe), or take evals.knn"
+            )
 
     def __call__(self, subject: Subject) -> dict[str, float]:
         """``top1``, its ``standard_error``, ``selection_top1`` and what was chosen."""

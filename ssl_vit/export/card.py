@@ -39,15 +39,17 @@ def write_card(folder: str | Path, facts: Mapping[str, Any]) -> Path:
     return card
 
 
-def loading_lines(kind: str, path: str) -> list[str]:
+def loading_lines(kind: str, path: str, hub: bool = False) -> list[str]:
     """A code block that loads a folder.
 
     Args:
         kind: ``timm``, ``transformers`` or ``vit_mae``.
-        path: of the folder.
+        path: of the folder, or its name on the Hugging Face Hub.
+        hub: whether it is there.
     """
+    where = "hf-hub" if hub else "local-dir"
     code = {
-        "timm": ["import timm", f'encoder = timm.create_model("local-dir:{path}", pretrained=True).eval()'],
+        "timm": ["import timm", f'encoder = timm.create_model("{where}:{path}", pretrained=True).eval()'],
         "transformers": [
             "from transformers import AutoModel",
             f'encoder = AutoModel.from_pretrained("{path}", add_pooling_layer=False).eval()',

@@ -79,12 +79,12 @@ def export(source: Path, out: Path, options: ExportOptions) -> None:
     except ValueError as error:
         raise InputError(f"{source}: {error}") from None
     if options.format in FOLDERS:
-        _card(source, out, options.format, config, data)
+        _card(source, out, options, config, data)
     if options.push:
         _push(out, options.push)
 
 
-def _card(source: Path, out: Path, kind: str, encoder: dict[str, Any], data: dict[str, Any]) -> None:
+def _card(source: Path, out: Path, options: ExportOptions, encoder: dict[str, Any], data: dict[str, Any]) -> None:
     """The model card: that of the run with the lines that load this folder, or what is known without a run."""
     from ssl_vit.export.card import loading_lines, write_card
 
@@ -94,13 +94,18 @@ def _card(source: Path, out: Path, kind: str, encoder: dict[str, Any], data: dic
             break
     else:
         text = write_card(out, {"encoder": encoder, "data": data}).read_text(encoding="utf-8")
+    kind = options.format
     library = "timm" if kind == "timm" else "transformers"
+    if source.name.startswith("step_"):  # the figures are of the run's last step
+        text = re.sub(
+            r"## Results\n.*?(?=## |\Z)", f"Of {source.name}, before the end of its run.\n\n", text, flags=re.DOTALL
+        )
     text = text.replace("library_name: timm", f"library_name: {library}", 1).replace(
         "extraction, timm]", f"extraction, {library}]", 1
     )
     text = re.sub(
         r"```python\n.*?```",
-        lambda _: "\n".join(loading_lines(kind, str(out.resolve()))),
+        lambda _: "\n".join(loading_lines(kind, options.push or str(out.resolve()), bool(options.push))),
         text,
         count=1,
         flags=re.DOTALL,

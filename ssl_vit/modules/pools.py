@@ -11,6 +11,9 @@ from ssl_vit.config import nearest
 from ssl_vit.encoders.base import Tokens
 
 POOLS = ("token", "avg", "both")
+"""Of each block: its class token, the mean of its patches, or both side by side."""
+TOKENS_AVG = "tokens_avg"
+"""The class tokens of all blocks, and the mean of the last one's patches (DINOv2, arXiv 2304.07193)."""
 OWN, ATTENTIVE = "pool", "attentive"
 """The encoder's own feature of its last block, and a learned query that attends to the patches."""
 
@@ -25,6 +28,13 @@ def pooled(tokens: Tokens, pool: str) -> Tensor:
         raise ValueError(f"pool={pool!r}: this encoder has no class token; allowed: avg")
     parts = {"token": lambda: tokens.prefix[:, 0], "avg": lambda: tokens.patches.mean(dim=1)}
     return torch.cat([part() for name, part in parts.items() if pool in (name, "both")], dim=1)
+
+
+def side_by_side(tokens: Sequence[Tokens], pool: str) -> Tensor:
+    """One feature of the tokens of several blocks, (B, D)."""
+    if pool != TOKENS_AVG:
+        return torch.cat([pooled(found, pool) for found in tokens], dim=1)
+    return torch.cat([*(pooled(found, "token") for found in tokens), pooled(tokens[-1], "avg")], dim=1)
 
 
 def check_pools(pools: Sequence[str], allowed: Sequence[str] = POOLS) -> None:

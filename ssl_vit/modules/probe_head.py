@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ssl_vit.encoders.architectures import default_heads
 from ssl_vit.encoders.base import Tokens
-from ssl_vit.modules.pools import ATTENTIVE, OWN, pooled
+from ssl_vit.modules.pools import ATTENTIVE, OWN, side_by_side
 from ssl_vit.modules.supervised import classifier
 
 
@@ -43,5 +43,6 @@ class ProbeHead(nn.Module):
         elif self.attention is not None:
             feature = self.attention(torch.cat([tokens[stage].patches for stage in self.stages], dim=2))
         else:
-            feature = torch.cat([pooled(tokens[stage], self.pool) for stage in self.stages], dim=1)
-        return self.classifier(self.norm(feature))
+            feature = side_by_side([tokens[stage] for stage in self.stages], self.pool)
+        with torch.autocast(feature.device.type, enabled=False):  # as released; in bf16 a thousand logits have ties
+            return self.classifier(self.norm(feature.to(self.classifier.weight.dtype)))

@@ -90,9 +90,9 @@ class Objective(nn.Module):
         """Tokens of ``batch["image"]`` (B, C, H, W), nothing masked."""
         return self.encoder(batch["image"])
 
-    def intermediates(self, batch: dict[str, Tensor], stages: Sequence[int]) -> list[Tokens]:
+    def intermediates(self, batch: dict[str, Tensor], stages: Sequence[int], norm: bool = True) -> list[Tokens]:
         """Tokens behind some stages of the encoder, see :meth:`ssl_vit.encoders.base.Encoder.intermediates`."""
-        return self.encoder.intermediates(batch["image"], stages)
+        return self.encoder.intermediates(batch["image"], stages, norm)
 
     def views(self, img_size: tuple[int, int]) -> Callable[[dict[str, Any]], dict[str, Tensor]]:
         """The training view of this objective: ``self.view`` at a size, unless more of it depends on the size."""

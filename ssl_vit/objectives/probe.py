@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ssl_vit.data.augment import AugmentSection, SupervisedView
 from ssl_vit.encoders.base import Encoder, number_of
-from ssl_vit.modules.pools import ATTENTIVE, OWN, POOLS, check_pools
+from ssl_vit.modules.pools import ATTENTIVE, OWN, POOLS, TOKENS_AVG, check_pools
 from ssl_vit.modules.probe_head import ProbeHead
 from ssl_vit.modules.supervised import check_classes
 from ssl_vit.objectives.base import Objective
@@ -29,7 +29,9 @@ class Probe(Objective):
         stages: blocks (stages of a Swin or ResNet) from 1, or from -1 backwards; each gets classifiers of its own; a
             list of several: their features side by side; null: each block for itself
         pools: pool: the encoder's own feature, of the last block; token: class token; avg: mean of the patches; both:
-            side by side; attentive: a learned query attends to the patches; each gets classifiers of its own
+            side by side; tokens_avg: class tokens of all blocks of an entry of stages and the mean of the last one's
+            patches; attentive: a learned query attends to the patches; each gets classifiers of its own
+        final_norm: the encoder's last norm is applied to the tokens of every block; false: tokens as they leave a block
         learning_rates: factors of the learning rate; each gets classifiers of its own
         batch_norm: normalise features over the batch first, without affine parts
         head_std: standard deviation of the classifiers' initial weights; 0: zeros
@@ -47,6 +49,7 @@ class Probe(Objective):
         num_classes: int | None = None,
         stages: list[int | list[int]] | None = [-1],  # noqa: B006
         pools: list[str] = ["pool"],  # noqa: B006
+        final_norm: bool = True,
         learning_rates: list[float] = [1.0],  # noqa: B006
         batch_norm: bool = False,
         head_std: float = 0.01,
@@ -56,10 +59,13 @@ class Probe(Objective):
     ) -> None:
         super().__init__(encoder)
         num_classes = check_classes(num_classes)
-        check_pools(pools, (OWN, *POOLS, ATTENTIVE))
+        check_pools(pools, (OWN, *POOLS, TOKENS_AVG, ATTENTIVE))
+        if OWN in pools and not final_norm:
+            raise ValueError(f"pools={pools} with final_norm=false: the encoder's own feature is behind its norm")
         if not learning_rates or min(learning_rates) <= 0:
             raise ValueError(f"learning_rates={learning_rates}: allowed: positive factors, e.g. [0.1, 1.0, 10.0]")
         self.freeze(encoder)
+        self.final_norm = final_norm
         self.view = SupervisedView(encoder.img_size, mean=mean, std=std, **dict(augment))
         self.heads, self.factors = nn.ModuleDict(), dict[str, float]()
         widths = self._widths(encoder)
@@ -68,9 +74,10 @@ class Probe(Objective):
                 if pool == OWN and blocks != [len(encoder.stages)]:
                     raise ValueError(f"stages={blocks} with pools={pool}: the encoder's own feature is that of "
                                      "its last block; allowed with others: token, avg, both, attentive")  # fmt: skip
-                if pool in ("token", "both") and not encoder.num_prefix_tokens:
+                if pool in ("token", "both", TOKENS_AVG) and not encoder.num_prefix_tokens:
                     raise ValueError(f"pools={pool}: {encoder.name} has no class token; allowed: pool, avg, attentive")
                 width = sum(widths[stage] for stage in blocks) * (1 + (pool == "both"))
+                width += widths[blocks[-1]] if pool == TOKENS_AVG else 0
                 width = encoder.embed_dim if pool == OWN else width
                 for factor in learning_rates:
                     name = f"stage_{'_'.join(map(str, blocks))}_{pool}"
@@ -103,8 +110,8 @@ class Probe(Objective):
         last = len(self.encoder.stages)
         stages = sorted({last, *(stage for head in heads.values() for stage in head.stages)})
         with torch.no_grad():
-            tokens = dict(zip(stages, self.intermediates(batch, stages), strict=True))
-            own = self.encoder.pool(tokens[last])
+            tokens = dict(zip(stages, self.intermediates(batch, stages, self.final_norm), strict=True))
+            own = self.encoder.pool(tokens[last]) if self.final_norm else tokens[last].patches[:, 0]
         return {name: head(tokens, own) for name, head in heads.items()}
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

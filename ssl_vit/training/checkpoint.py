@@ -150,7 +150,9 @@ class Checkpoints:
         kept = set(self.steps()[-self.keep_last :]) | {newest}
         for step in self.steps():
             if step not in kept and not self.keep(step):
-                shutil.rmtree(self.path(step))
+                going = self.folder / f".deleting_{step:08d}"  # whoever reads it finds all of it or nothing
+                os.replace(self.path(step), going)
+                shutil.rmtree(going)
 
     def newest_whole(self, set_aside: bool) -> tuple[Path, Saved] | None:
         """The newest checkpoint whose files are as they were written, and its content.

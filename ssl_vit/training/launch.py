@@ -95,7 +95,7 @@ class Launch:
             raise InputError(f"{file}: zero_optimization.stage is {stage!r}; allowed: 1, 2, 3")
         return cls("zero", num_ranks, int(stage), config, file)
 
-    def check(self, objective: Objective, clip_mode: str = "norm") -> None:
+    def check(self, objective: Objective, clip_mode: str = "norm", optimizer: str = "adamw") -> None:
         """What an objective or recipe needs of the strategy.
 
         Raises:
@@ -104,6 +104,8 @@ class Launch:
         name = self.name()
         if self.kind != "ddp" and clip_mode == "per_parameter":
             raise InputError(f"optim.clip_mode=per_parameter: gradients are in parts under {name}; use DDP")
+        if self.kind != "ddp" and optimizer == "lars":
+            raise InputError(f"optim.name=lars: scales each weight matrix by its norm, and {name} has parts; use DDP")
         if self.kind == "zero" and objective.resting:
             # the engine steps flat parts of many parameters at once, so none of them can be left out
             raise InputError(

@@ -54,7 +54,7 @@ class MetricsLog:
         self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
         if tensorboard:
             self._tracker("open", lambda: self._open_tensorboard(start_step))
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and total_steps:
             from tqdm import tqdm
 
             self.bar = tqdm(total=total_steps, initial=max(start_step, 0), unit="step", dynamic_ncols=True)

@@ -133,9 +133,9 @@ def build_optimizer(objective: nn.Module, optim: OptimSection) -> torch.optim.Op
     if optim.name == "sgd":
         return torch.optim.SGD(groups, lr=absolute_lr(optim), momentum=optim.betas[0], fused=True)
     if optim.name == "lars":
-        from timm.optim.lars import Lars
+        from ssl_vit.training.lars import LARS
 
-        lars: Any = Lars
+        lars: Any = LARS
         for group in groups:  # as MAE has it: what is not decayed is not adapted either
             group["always_adapt"] = group["decayed"]
         return lars(groups, lr=absolute_lr(optim), momentum=optim.betas[0])

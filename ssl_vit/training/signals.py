@@ -29,10 +29,12 @@ class Preempted(Exception):
         saved: the step that a restart goes on from, None if there is no checkpoint.
         name: of the signal.
         together: whether every process stops for this reason.
+        kept: what is there without a checkpoint.
     """
 
-    def __init__(self, step: int, saved: int | None, name: str, together: bool = True) -> None:
+    def __init__(self, step: int, saved: int | None, name: str, together: bool = True, kept: str | None = None) -> None:
         what = "stopped before the first checkpoint" if saved is None else f"saved after step {saved}"
+        what = f"stopped; kept: {kept}" if kept else what
         super().__init__(f"{name}: {what}; start the same command again to go on")
         self.step, self.together = step, together
 

@@ -125,8 +125,7 @@ class FSDP2(Strategy):
         for block in transformer_blocks(objective):
             fully_shard(block, mesh=mesh)
         self.wrapped = fully_shard(objective, mesh=mesh)
-        if self.accelerator.mixed_precision == "bf16":
-            objective.forward = torch.autocast(self.device.type, torch.bfloat16)(objective.forward)
+        forward_in_precision(objective, self.accelerator)
         self.optimizer = build_optimizer(objective, self.optim)  # after sharding: the parameters are new objects
 
     @contextlib.contextmanager
@@ -139,6 +138,15 @@ class FSDP2(Strategy):
 def transformer_blocks(objective: nn.Module) -> list[nn.Module]:
     """The modules that are gathered one after the other; everything else is gathered for the whole forward pass."""
     return [module for module in objective.modules() if hasattr(module, "attn") and hasattr(module, "mlp")]
+
+
+def forward_in_precision(objective: nn.Module, accelerator: Accelerator) -> None:
+    """Let the forward pass compute in the recipe's precision alone: its outputs are float32, as under DDP."""
+    if accelerator.mixed_precision == "bf16":
+        from accelerate.utils import convert_outputs_to_fp32
+
+        autocast = torch.autocast(accelerator.device.type, torch.bfloat16)
+        objective.forward = convert_outputs_to_fp32(autocast(objective.forward))
 
 
 def compile_blocks(objective: nn.Module) -> None:
