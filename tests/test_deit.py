@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import TINY_ENCODER, run_python, tiny_recipe
+from conftest import TINY_ENCODER, in_process, tiny_recipe
 from safetensors.torch import save_file
 from torch.nn import functional as F
 from transformers_names import of_transformers
@@ -318,6 +318,6 @@ def test_fine_tuning_with_a_teacher_through_its_door(weights: str, images: Path,
         "optim.epochs=3 steps", "optim.warmup_epochs=0", "optim.batch_size=16", "run.workers=0",
         "evals.accuracy.every=null",
     ]  # fmt: skip
-    done = run_python("pipelines/finetune.py", "--config", "configs/finetune/distilled_images.yaml", *words)
+    done = in_process("pipelines/finetune.py", "--config", "configs/finetune/distilled_images.yaml", *words)
     assert done.returncode == 0, done.stderr
     assert "accuracy/top1" in done.stderr

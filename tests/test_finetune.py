@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import TINY_BEIT_ENCODER, TINY_ENCODER, TINY_HYBRID, TINY_SWIN, run_python, tiny_recipe
+from conftest import TINY_BEIT_ENCODER, TINY_ENCODER, TINY_HYBRID, TINY_SWIN, in_process, tiny_recipe
 from test_families import TINY_RESNET
 from test_trainer import losses, train
 
@@ -152,12 +152,12 @@ def test_a_run_is_fine_tuned_at_another_size_and_resumes(images: Path, tmp_path:
 
 
 def test_the_door(images: Path, tmp_path: Path) -> None:
-    done = run_python("pipelines/finetune.py", f"run.dir={tmp_path / 'run'}")
+    done = in_process("pipelines/finetune.py", f"run.dir={tmp_path / 'run'}")
     assert done.returncode == 2
     assert "encoder.name: is required" in done.stderr
     assert "encoder.init" in done.stderr
     words = [f"data.train=folder:{images}", f"data.val=folder:{images}", "encoder.name=vit_tiny_patch16_224"]
     words += ["encoder.img_size=32", "encoder.depth=1", "optim.epochs=2 steps", "optim.warmup_epochs=0"]
-    done = run_python("pipelines/finetune.py", f"run.dir={tmp_path / 'run'}", *words)
+    done = in_process("pipelines/finetune.py", f"run.dir={tmp_path / 'run'}", *words)
     assert done.returncode == 0, done.stderr
     assert "accuracy/top1" in done.stderr

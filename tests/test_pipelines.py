@@ -90,7 +90,7 @@ def test_probes_on_a_run_an_export_and_a_checkpoint(
     trained: Path, images: Path, tmp_path: Path, name: str, source: str
 ) -> None:
     words = [f"encoder.init={trained / source}", f"data.train=folder:{images}", f"data.val=folder:{images}"]
-    done = run_python(f"pipelines/{name}.py", *words, f"run.dir={tmp_path / 'probe'}", "run.workers=0")
+    done = in_process(f"pipelines/{name}.py", *words, f"run.dir={tmp_path / 'probe'}", "run.workers=0")
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "probe" / "result.json").read_text())["evaluations"]["final"]
     key = f"{'linear' if name == 'linear_probe' else 'knn'}/top1"
@@ -191,7 +191,7 @@ def test_unlabelled_folder_gets_label_free_measures(images: Path, tmp_path: Path
     flat.mkdir()
     for i, file in enumerate(sorted(images.rglob("*.png"))):
         (flat / f"{i}.png").write_bytes(file.read_bytes())
-    done = run_python(
+    done = in_process(
         "pipelines/pretrain_mae.py", f"data.train=folder:{flat}", f"run.dir={tmp_path / 'run'}", *TINY_WORDS
     )
     assert done.returncode == 0, done.stderr
