@@ -15,6 +15,7 @@ from accelerate import Accelerator, DataLoaderConfiguration, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, patch_environment
 
+from ssl_vit import distributed
 from ssl_vit.config import InputError
 from ssl_vit.objectives.base import Objective
 from ssl_vit.training.launcher import asked_processes
@@ -205,6 +206,7 @@ class Launch:
         found = accelerator.distributed_type.value
         if (found == "DEEPSPEED") != (self.kind == "zero"):
             raise InputError(f"{self.name()} was asked for, but accelerate made it {found}; see configs/accelerate/")
+        distributed.barrier()  # nobody writes into the run's folder before all have looked at it
         return accelerator
 
 
