@@ -115,7 +115,7 @@ class Recipe(Section):
         seed: of everything random
         mixed_precision: auto: bf16 on a GPU that has it, else no
         objective: name and constructor arguments; init: a file to fill it from
-        encoder: timm name and constructor arguments; init: a run, export or file to fill it from
+        encoder: timm name and constructor arguments; init: a run, export or file to fill it from, or timm:NAME
         evals: evaluations by name, with 'every' and constructor arguments
     """
 

@@ -185,3 +185,47 @@ def test_swin_windows_of_another_size(tmp_path: Path) -> None:
     expected.load_state_dict(checkpoint_filter_fn(dict(state), expected))
     for name, tensor in encoder.model.state_dict().items():
         assert torch.equal(tensor, expected.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_small_patch16_224.augreg_in1k", "beit_base_patch16_224", "swin_tiny_patch4_window7_224"]
+)
+def test_a_published_timm_model_by_its_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Architecture, preprocessing and weights; the network is not needed here, timm's weights being replaced."""
+    import timm
+
+    create, made = timm.create_model, []
+
+    def offline(*words: Any, pretrained: bool = False, **options: Any) -> Any:
+        model: Any = create(*words, **options)
+        if pretrained:
+            made.append(model)
+        return model
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    config = encoder_config(f"timm:{name}")
+    stated = create(name).pretrained_cfg
+    assert config.pop("data") == {key: stated[key] for key in ("mean", "std", "crop_pct", "interpolation")}
+    encoder = create_encoder(**config).eval()
+    report = fill_encoder(encoder, f"timm:{name}")
+    assert report.loaded == report.total
+    image = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder.pool(encoder(image)), made[0].eval()(image), rtol=1e-4, atol=1e-5)
+
+
+def test_a_timm_name_without_weights_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    import timm
+
+    def down(*words: Any, **options: Any) -> Any:
+        raise ConnectionError("no route\nto host")
+
+    encoder = create_encoder(**TINY_ENCODER)
+    monkeypatch.setattr(timm, "create_model", down)
+    with pytest.raises(
+        InputError, match=r"^timm:vit_tny_patch16_224: no weights of timm \(ConnectionError: no route\)"
+    ):
+        fill_encoder(encoder, "timm:vit_tny_patch16_224")
+    monkeypatch.undo()
+    with pytest.raises(InputError, match=r"timm:no_such: no encoder is built from 'no_such'"):
+        encoder_config("timm:no_such")

@@ -16,16 +16,12 @@ from torch import Tensor
 from ssl_vit.config import InputError
 from ssl_vit.config import load as load_yaml
 from ssl_vit.encoders.base import encoder_class_of
+from ssl_vit.encoders.timm_models import DATA_KEYS, TIMM_ARGUMENTS, fetched, published, published_config, timm_facts
 from ssl_vit.encoders.transformers_layout import encoder_arguments, is_transformers, stated_pixels, timm_names
 
 CONTAINERS = ("model", "state_dict", "model_state_dict", "module", "teacher")
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 COMMON_PREFIXES = ("encoder.", "backbone.", "model.")
-DATA_KEYS = ("mean", "std", "crop_pct", "interpolation")
-TIMM_ARGUMENTS = (
-    "img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio", "class_token",
-    "channels", "layers",
-)  # fmt: skip
 OTHER_TIMM_ARGUMENTS = (
     "global_pool", "fc_norm", "num_classes", "drop_rate", "drop_path_rate",
     "use_abs_pos_emb", "use_rel_pos_bias", "use_shared_rel_pos_bias",
@@ -43,7 +39,7 @@ def find_weights(path: str | Path, whole: bool = False) -> Path:
         InputError: there is none.
     """
     path = Path(path)
-    if path.is_file():
+    if path.is_file() or published(path):
         return path
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
@@ -76,6 +72,8 @@ def load_state(path: str | Path, whole: bool = False) -> dict[str, Tensor]:
     Raises:
         InputError: there is no file, it cannot be read safely, it holds no tensors, or empty or NaN ones.
     """
+    if name := published(path):
+        return dict(fetched(name).state_dict())
     file = find_weights(path, whole)
     content = _read(file)
     opened = content
@@ -145,6 +143,8 @@ def encoder_config(path: str | Path) -> dict[str, Any]:
     Raises:
         InputError: nothing there states the architecture, or it cannot be built.
     """
+    if name := published(path):
+        return published_config(name)
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
@@ -177,7 +177,7 @@ def _from_timm_config(file: Path) -> dict[str, Any]:
         raise InputError(f"{file}: cannot be built here, model_args has {', '.join(foreign)}")
     try:
         cls = encoder_class_of(name)
-        built = _timm_facts(name, arguments, stated)
+        built = timm_facts(name, arguments, stated)
         with torch.device("meta"):
             cls(**built)
     except (ValueError, RuntimeError) as error:
@@ -192,35 +192,3 @@ def _from_transformers(file: Path, config: dict[str, Any]) -> dict[str, Any]:
         return {**encoder_arguments(config), "data": data}
     except ValueError as error:
         raise InputError(f"{file}: cannot be built here: {error}") from None
-
-
-def _timm_facts(name: str, arguments: dict[str, Any], stated: Mapping[str, Any]) -> dict[str, Any]:
-    """Our arguments for a timm folder that was not written here; pooling and class token as timm would have them."""
-    import timm
-
-    with torch.device("meta"):
-        model: Any = timm.create_model(name, **{**arguments, "num_classes": 0})
-    size = arguments.get("img_size") or stated.get("input_size", (3, 224, 224))[-2:]
-    facts = {
-        "name": name,
-        **{key: value for key, value in arguments.items() if key in TIMM_ARGUMENTS},
-        "img_size": size if isinstance(size, int) else list(size),
-    }
-    if not hasattr(model, "patch_embed"):
-        return facts
-    if hasattr(model, "rel_pos_bias"):  # BEiT
-        own = model.blocks[0].attn.relative_position_bias_table is not None
-        return {
-            **facts,
-            "patch_size": model.patch_embed.patch_size[0],
-            "global_pool": model.global_pool,
-            "rel_pos": "shared" if model.rel_pos_bias is not None else "layer" if own else "none",
-            "abs_pos": model.pos_embed is not None,
-        }
-    return {
-        **facts,
-        "patch_size": model.patch_embed.patch_size[0],
-        "class_token": model.has_class_token,
-        "global_pool": model.global_pool,
-        "pos_embed": "learned",
-    }
