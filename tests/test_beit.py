@@ -245,7 +245,9 @@ def test_a_timm_folder_of_others_is_built_and_filled(tmp_path: Path) -> None:
         bias = model.rel_pos_bias() if positions else None
         for block in model.blocks:
             x = block(x, shared_rel_pos_bias=bias)
-        torch.testing.assert_close(torch.cat(list(encoder(image)), dim=1), model.fc_norm(x))
+        tokens = encoder.eval()(image)
+        torch.testing.assert_close(torch.cat(list(tokens), dim=1), x)
+        torch.testing.assert_close(encoder.pool(tokens), model.forward_head(x, pre_logits=True))
 
 
 # ----------------------------------------------------------------------------------------------- masks and views
