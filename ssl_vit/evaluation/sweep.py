@@ -21,7 +21,7 @@ from ssl_vit.encoders.base import Tokens
 from ssl_vit.evaluation.base import Evaluation, Subject, Subset, split_by_key, standard_error
 from ssl_vit.evaluation.features import outputs
 from ssl_vit.evaluation.linear_heads import Choice, LinearHeads
-from ssl_vit.modules.pools import check_pools, pooled
+from ssl_vit.modules.pools import check_pools, side_by_side
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ class Sweep(Evaluation):
                 raise InputError(f"evals.sweep.last_blocks={self.last_blocks}: {error}") from None
             self.widths = [tokens.patches.shape[2] for tokens in found]
             self.parts = ("token", "avg") if all(tokens.prefix.shape[1] for tokens in found) else ("avg",)
-            return torch.cat([pooled(tokens, "both" if len(self.parts) == 2 else "avg") for tokens in found], dim=1)
+            return side_by_side(found, "both" if len(self.parts) == 2 else "avg")
 
         crop = CropView(subject.img_size, (0.35, 1.0), (0.75, 4 / 3), 0.5, subject.pixels.interpolation)
         found = [outputs(subject, subset, forward)]

@@ -88,10 +88,9 @@ def _card(source: Path, out: Path, options: ExportOptions, encoder: dict[str, An
     """The model card: that of the run with the lines that load this folder, or what is known without a run."""
     from ssl_vit.export.card import loading_lines, write_card
 
-    for folder in (source, *source.resolve().parents[:2]):
-        if (folder / "recipe.yaml").is_file() and (folder / "README.md").is_file():
-            text = (folder / "README.md").read_text(encoding="utf-8")
-            break
+    run = _run_of(source)
+    if run is not None and (run / "README.md").is_file():
+        text = (run / "README.md").read_text(encoding="utf-8")
     else:
         text = write_card(out, {"encoder": encoder, "data": data}).read_text(encoding="utf-8")
     kind = options.format
@@ -196,14 +195,18 @@ def _how_to_load(lines: str) -> None:
     say("\n  ".join(["load it with:", *lines.splitlines()]))
 
 
+def _run_of(source: Path) -> Path | None:
+    """The run that ``source`` is, or is an export or checkpoint of."""
+    return next((f for f in (source, *source.resolve().parents[:2]) if (f / "recipe.yaml").is_file()), None)
+
+
 def _objective_section(source: Path) -> dict[str, Any]:
     """``objective`` of the recipe of a run, found from the run or one of its checkpoints."""
     from omegaconf import OmegaConf
 
-    for folder in (source, *source.resolve().parents[:2]):
-        if (folder / "recipe.yaml").is_file():
-            recipe: Any = OmegaConf.to_container(OmegaConf.load(folder / "recipe.yaml"))
-            return dict(recipe.get("objective") or {})
+    if (run := _run_of(source)) is not None:
+        recipe: Any = OmegaConf.to_container(OmegaConf.load(run / "recipe.yaml"))
+        return dict(recipe.get("objective") or {})
     raise InputError(f"{source}: no recipe.yaml tells what was trained; give a run, or RUN/checkpoints/step_XXXXXXXX")
 
 
