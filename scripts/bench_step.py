@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import json
 import math
 import re
@@ -134,8 +135,9 @@ def transformers_mae(size: dict[str, Any]) -> nn.Module:
 
 def lightly_mae(size: dict[str, Any]) -> nn.Module:
     """lightly's MAE as its examples put it together."""
-    from lightly.models import utils
-    from lightly.models.modules import MAEDecoderTIMM, MaskedVisionTransformerTIMM
+    # By name: lightly is optional, and a type checker of a machine without it must not stumble over it.
+    utils = importlib.import_module("lightly.models.utils")
+    modules = importlib.import_module("lightly.models.modules")
     from timm.models.vision_transformer import VisionTransformer
 
     width, depth, heads = size["decoder"]
@@ -147,8 +149,8 @@ def lightly_mae(size: dict[str, Any]) -> nn.Module:
                 img_size=PIXELS, patch_size=size["patch"], embed_dim=size["width"], depth=size["depth"],
                 num_heads=size["heads"], num_classes=0,
             )  # fmt: skip
-            self.backbone = MaskedVisionTransformerTIMM(vit=vit)
-            self.decoder = MAEDecoderTIMM(
+            self.backbone = modules.MaskedVisionTransformerTIMM(vit=vit)
+            self.decoder = modules.MAEDecoderTIMM(
                 num_patches=vit.patch_embed.num_patches, patch_size=size["patch"], embed_dim=size["width"],
                 decoder_embed_dim=width, decoder_depth=depth, decoder_num_heads=heads, mlp_ratio=4.0,
             )  # fmt: skip
@@ -221,11 +223,9 @@ def contenders(size: dict[str, Any]) -> dict[str, tuple[Callable[[], nn.Module],
         "official, fused attention": (lambda: OfficialMAE(size, True), lambda m, b: m(b["image"])),
         "official, as released": (lambda: OfficialMAE(size, False), lambda m, b: m(b["image"])),
     }
-    try:
-        import lightly.models  # noqa: F401
-
+    if importlib.util.find_spec("lightly"):
         found["lightly"] = (lambda: lightly_mae(size), lambda m, b: m(b["image"]))
-    except ImportError:
+    else:
         print("lightly is not installed: left out", file=sys.stderr)
     return found
 
