@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ssl_vit import build, splits
+from ssl_vit import build, distributed, splits
 from ssl_vit.config import plain, to_yaml
 from ssl_vit.data.bad_samples import BadSamples
 from ssl_vit.data.loader import Pixels, TrainBatches
@@ -232,8 +232,12 @@ def measure(subject: Subject, evaluations: dict[str, Evaluation]) -> dict[str, f
         for name, evaluation in evaluations.items():
             subject.pause_point()
             start = time.monotonic()
-            results |= {f"{name}/{key}": value for key, value in evaluation(subject).items()}
-            results[f"{name}/seconds"] = round(time.monotonic() - start, 3)
+            found = evaluation(subject)
+            found["seconds"] = round(time.monotonic() - start, 3)
+            if distributed.rank() == 0:  # at once: the next one may take an hour
+                text = "  ".join(f"{key} {value:.4f}" for key, value in found.items())
+                logger.info("step %d  %s: %s", subject.step, name, text)
+            results |= {f"{name}/{key}": value for key, value in found.items()}
     return results
 
 

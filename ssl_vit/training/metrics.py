@@ -91,11 +91,10 @@ class MetricsLog:
             )
 
     def evaluation(self, step: int, results: dict[str, float]) -> None:
-        """One evaluation line."""
+        """One line with the numbers of a step's evaluations."""
         if not self.active or not results:
             return
         self._write({"step": step, **results})
-        logger.info("step %d  %s", step, "  ".join(f"{name} {value:.4f}" for name, value in results.items()))
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """A uint8 (H, W, 3) picture as ``RUN/pictures/NAME_XXXXXXXX.png`` and in TensorBoard."""
