@@ -83,10 +83,10 @@ def operations(depth: int, decoder_depth: int) -> int:
 
 
 def test_operations_of_mae() -> None:
-    """A number to lower: a new operation in a block costs 12 to 40 kernels a step, one around them as many as it says.
+    """Numbers to lower: an operation more in a block is one more for every block of every step.
 
-    A block: 4 affine maps, attention, 2 norms, GELU, 2 sums; backward twice the maps, their 4 biases, the rest once, and
-    the two copies in which the gradients of queries, keys and values become one.
+    A block: 4 affine maps, attention, 2 norms, GELU, 2 sums; backward twice the maps, their 4 biases, the rest once,
+    and two copies in which the gradients of queries, keys and values become one.
     """
     base = operations(1, 1)
     assert operations(2, 1) - base == 10 + 20
