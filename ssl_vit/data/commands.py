@@ -12,6 +12,7 @@ from pydantic import Field
 
 from ssl_vit.config import EXIT_BAD_INPUT, InputError, Section, check, help_lines, load
 from ssl_vit.data.formats import say
+from ssl_vit.data.processes import cores
 
 Options = TypeVar("Options", bound=Section)
 
@@ -20,12 +21,13 @@ class IndexOptions(Section):
     """The settings of indexing."""
 
     classes: Path | None = Field(None, description="text file with the class names, one a line, by label")
+    workers: int = Field(default_factory=cores, ge=1, description="processes that read")
 
 
 class VerifyOptions(Section):
     """The settings of verifying."""
 
-    workers: int = Field(2, ge=1, description="threads that read and decode")
+    workers: int = Field(default_factory=cores, ge=1, description="processes that read and decode")
 
 
 def pack_main(argv: Sequence[str] | None = None) -> None:
@@ -35,25 +37,32 @@ def pack_main(argv: Sequence[str] | None = None) -> None:
     def run(words: list[str], options: PackOptions) -> None:
         pack(words[0], Path(words[1]).expanduser(), **options.model_dump())
 
-    source = "SOURCE is PATH or folder:PATH, hf:NAME_OR_PATH[:SPLIT], builtin:digits, builtin:digits-train or -test."
-    command("pack.py", f"Pack images into a folder of shards.\n{source}", ["SOURCE", "OUT"], PackOptions, run, argv)
+    text = (
+        "Pack images into a folder of shards.\n"
+        "SOURCE is PATH or folder:PATH of images, list:FILE of paths (each with a TAB and a label, or none),\n"
+        "shards:PATH of tars, hf:NAME_OR_PATH[:SPLIT], builtin:digits, builtin:digits-train or -test."
+    )
+    command("pack.py", text, ["SOURCE", "OUT"], PackOptions, run, argv)
 
 
 def index_main(argv: Sequence[str] | None = None) -> None:
     """``index.py SHARDS [key=value ...]``."""
 
     def run(words: list[str], options: IndexOptions) -> None:
-        from tqdm import tqdm
-
         from ssl_vit.data.index import build_index
+        from ssl_vit.data.mixing import advice
+        from ssl_vit.data.staging import unfinished
 
         folder = Path(words[0]).expanduser()
         shards = sorted(folder.glob("*.tar"))
         if not shards:
-            raise InputError(f"{folder}: no shards (*.tar) in it; give the folder that holds them")
-        index = build_index(shards, folder, _class_names(options.classes, folder), lambda x: tqdm(x, disable=None))
+            nothing = f"{folder}: no shards (*.tar) in it; give the folder that holds them"
+            raise InputError(unfinished(folder) or nothing)
+        index = build_index(shards, folder, _class_names(options.classes, folder), options.workers)
         labels = f"{len(set(index.samples['label'].tolist()))} labels" if index.labelled else "unlabelled"
         say(f"{folder}: indexed {len(index)} samples in {len(shards)} shards, {labels}")
+        if index.labelled:
+            say(advice(index.samples["label"], folder))
 
     command("index.py", "Index a folder of tar shards, made by anybody.", ["SHARDS"], IndexOptions, run, argv)
 

@@ -43,12 +43,27 @@ class Images(Protocol):
 
 
 def open_images(spec: str, labels: str = "auto", image_column: str = "", label_column: str = "") -> Images:
-    """The images that ``folder:PATH`` (or a plain path), ``hf:NAME[:SPLIT]`` or ``builtin:digits[-train|-test]`` name.
+    """The images of a source.
+
+    Args:
+        spec: ``folder:PATH`` or a plain path; ``list:FILE`` of paths; ``shards:PATH`` of tars;
+            ``hf:NAME_OR_PATH[:SPLIT]``; ``builtin:digits[-train|-test]``.
+        labels: ``"auto"``, or ``"none"`` to leave classes out.
+        image_column: of an HF dataset with several.
+        label_column: of an HF dataset with several.
 
     Raises:
         InputError: nothing is there, or it holds no images.
     """
     kind, colon, rest = spec.partition(":")
+    if kind == "list" and colon:
+        from ssl_vit.data.lists import ListedImages
+
+        return ListedImages(Path(rest).expanduser(), labels)
+    if kind == "shards" and colon:
+        from ssl_vit.data.repacking import ShardImages
+
+        return ShardImages(rest, labels)
     if kind == "builtin" and colon:
         from ssl_vit.data.digits import PARTS, DigitImages
 
@@ -62,7 +77,47 @@ def open_images(spec: str, labels: str = "auto", image_column: str = "", label_c
     return FolderImages(Path(rest if kind == "folder" and colon else spec).expanduser(), labels)
 
 
-class FolderImages:
+class ImageFiles:
+    """Image files by their paths below a folder: what sources made of files share."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.classes: list[str] | None = None
+        self.labels: list[int] = []
+        self.skipped: list[str] = []
+        self.ignored: list[str] = []
+        self._files: list[tuple[str, int, int]] = []  # path, bytes and time of change in ns, -1 where nothing is
+
+    def _classify(self, words: Sequence[str] | None) -> None:
+        """Label each image with the number of its class name; None: with nothing."""
+        if words is None:
+            self.labels = [-1] * len(self)
+            return
+        names = sorted(set(words), key=os.fsencode)
+        number = {name: i for i, name in enumerate(names)}
+        self.classes = [printable(name) for name in names]
+        self.labels = [number[word] for word in words]
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def name(self, i: int) -> str:
+        """The path below the folder."""
+        return self._files[i][0]
+
+    def read(self, i: int) -> bytes:
+        """The bytes of image ``i``."""
+        return (self.root / self._files[i][0]).read_bytes()
+
+    def fingerprint(self) -> str:
+        """A hash of all names, sizes, times of change and labels."""
+        digest = hashlib.sha256(repr(self.classes).encode())
+        for (name, size, changed), label in zip(self._files, self.labels, strict=True):
+            digest.update(os.fsencode(name) + f"\0{size}\0{changed}\0{label}\n".encode())
+        return digest.hexdigest()
+
+
+class FolderImages(ImageFiles):
     """A folder of image files, any depth; labelled if all images lie in two or more first-level folders.
 
     Links are followed, each folder once. Files with an image's extension count as images whatever they hold (packing
@@ -77,20 +132,15 @@ class FolderImages:
         if not root.is_dir():
             what = "is a file" if root.exists() else "no such folder"
             raise InputError(f"folder:{root}: {what}; give a folder of images")
-        self.root = root
-        self.skipped: list[str] = []
-        self.ignored: list[str] = []
+        super().__init__(root)
         self._files = sorted(self._walk("", set()), key=lambda file: os.fsencode(file[0]))
         if not self._files:
             others = [printable(name) for name in self.skipped[:1]]
             seen = f"; it holds {len(self.skipped)} other files, e.g. {others[0]}" if others else ""
             raise InputError(f"folder:{root}: no images in it{seen}; allowed: {' '.join(sorted(EXTENSIONS))}")
         firsts = [name.partition("/")[0] if "/" in name else "" for name, _, _ in self._files]
-        names = sorted(set(firsts), key=os.fsencode)
-        labelled = labels != "none" and len(names) > 1 and "" not in names
-        self.classes = [printable(name) for name in names] if labelled else None
-        number = {name: i for i, name in enumerate(names)}
-        self.labels = [number[first] if labelled else -1 for first in firsts]
+        labelled = labels != "none" and len(set(firsts)) > 1 and "" not in firsts
+        self._classify(firsts if labelled else None)
 
     def _walk(self, below: str, visited: set[tuple[int, int]]) -> Iterator[tuple[str, int, int]]:
         """Yield (relative name, bytes, mtime in ns) of the images; note the rest."""
@@ -123,24 +173,6 @@ class FolderImages:
                 return sniff(file.read(HEAD)) is not None
         except OSError:
             return False
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def name(self, i: int) -> str:
-        """The path below the folder."""
-        return self._files[i][0]
-
-    def read(self, i: int) -> bytes:
-        """The bytes of image ``i``."""
-        return (self.root / self._files[i][0]).read_bytes()
-
-    def fingerprint(self) -> str:
-        """A hash of all relative names, sizes and times of change."""
-        digest = hashlib.sha256()
-        for name, size, changed in self._files:
-            digest.update(os.fsencode(name) + f"\0{size}\0{changed}\n".encode())
-        return digest.hexdigest()
 
 
 def by_extension(names: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ import numpy as np
 
 from ssl_vit.config import InputError
 from ssl_vit.data.formats import printable
+from ssl_vit.data.processes import cores, spread
+from ssl_vit.data.staging import unfinished
 from ssl_vit.data.tars import SAMPLE, Scan, key_of, member_name, scan_shard
 
 __all__ = ["SAMPLE", "Index", "Shard", "build_index", "read_index", "write_index"]
@@ -117,7 +119,7 @@ def read_index(folder: str | os.PathLike[str]) -> Index:
         shards = [Shard(s["url"], s["nsamples"], s["filesize"], s.get("sha256", "")) for s in content["shardlist"]]
         samples = np.load(folder / TABLE, mmap_mode="r")
     except FileNotFoundError as error:
-        raise InputError(f"{error.filename}: no such file; {cure}") from None
+        raise InputError(unfinished(folder) or f"{error.filename}: no such file; {cure}") from None
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         raise InputError(f"{folder / INDEX}: cannot be read ({error}); {cure}") from None
     if samples.dtype != SAMPLE or len(samples) != sum(shard.nsamples for shard in shards):
@@ -187,16 +189,28 @@ def build_index(
     paths: Iterable[str | os.PathLike[str]],
     out_folder: str | os.PathLike[str],
     classes: list[str] | None = None,
-    progress: Callable[[Iterable[Path]], Iterable[Path]] = iter,
+    workers: int | None = None,
 ) -> Index:
     """Scan shards made by anybody and write their index into a folder (which may be another than theirs).
 
+    Args:
+        paths: the shards.
+        out_folder: where the index goes.
+        classes: class names by label, if known.
+        workers: processes that scan; None: one a core.
+
     Raises:
-        InputError: a shard cannot be read as samples (see :func:`~ssl_vit.data.tars.scan_shard`), or there is none.
+        InputError: shards cannot be read as samples (see :func:`~ssl_vit.data.tars.scan_shard`), or there are none.
     """
+    from tqdm import tqdm
+
     out = Path(out_folder)
     files = [Path(path) for path in paths]
-    scans: list[Scan] = [scan_shard(file) for file in progress(files)]
+    running = spread(_scan_or_reason, files, workers or cores())
+    found = list(tqdm(running, total=len(files), unit="shard", disable=None))
+    if reasons := [reason for reason in found if isinstance(reason, str)]:
+        raise InputError("; ".join(reasons[:3]) + (f"; {len(reasons) - 3} more shards are bad" if reasons[3:] else ""))
+    scans = [scan for scan in found if isinstance(scan, Scan)]
     samples = np.concatenate([scan.samples for scan in scans]) if scans else np.empty(0, SAMPLE)
     if len(samples) == 0:
         raise InputError(f"{', '.join(map(str, files[:3])) or out}: no samples to index; give tar shards with images")
@@ -211,3 +225,10 @@ def build_index(
     out.mkdir(parents=True, exist_ok=True)
     write_index(out, shards, samples, classes)
     return read_index(out)
+
+
+def _scan_or_reason(path: Path) -> Scan | str:
+    try:
+        return scan_shard(path)
+    except InputError as error:
+        return str(error)

@@ -16,6 +16,7 @@ from ssl_vit.data.formats import say
 from ssl_vit.data.images import open_images
 from ssl_vit.data.index import INDEX, Index, build_index, read_index
 from ssl_vit.data.pack import PackOptions, pack_images
+from ssl_vit.data.staging import unfinished
 
 PACKED = ("folder", "hf", "builtin")
 _LAYOUT = 1  # raised whenever packing writes something else, so that old caches are left alone
@@ -54,7 +55,8 @@ def open_source(spec: str, labels: str = "auto", cache: Path | None = None) -> I
     if path.is_file():
         return _index_of_files([path], cache)
     if not path.is_dir():
-        raise InputError(f"{spec}: no such folder; give a folder of shards, or folder:PATH for a folder of images")
+        missing = f"{spec}: no such folder; give a folder of shards, or folder:PATH for a folder of images"
+        raise InputError(unfinished(path) or missing)
     return _index_of_folder(path, cache)
 
 

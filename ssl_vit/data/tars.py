@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import tarfile
 from pathlib import Path
@@ -20,6 +21,8 @@ SAMPLE = np.dtype([("header", "<u8"), ("offset", "<u8"), ("size", "<u4"), ("labe
 # As webdataset cuts: the key ends at the first dot of the base name; names without a dot and dot-files are no members.
 _MEMBER = re.compile(r"^((?:.*/)?[^./][^./]*)\.([^/]+)$", re.DOTALL)
 _END = bytes(2 * tarfile.BLOCKSIZE)
+_HEADER = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)
+_SIZE, _CHECKSUM = slice(124, 136), slice(148, 156)  # fields of a header
 
 
 class ShardWriter:
@@ -38,16 +41,10 @@ class ShardWriter:
     def add(self, key: str, extension: str, image: bytes, label: int, facts: dict[str, object]) -> None:
         """Append a sample: its image, its label (-1: none) and a JSON member with ``facts``."""
         self.samples.append((self.size, self.size + tarfile.BLOCKSIZE, len(image), label))
-        self._member(f"{key}.{extension}", image)
+        members = [(extension, image), ("json", json.dumps(facts).encode())]
         if label >= 0:
-            self._member(f"{key}.cls", str(label).encode())
-        self._member(f"{key}.json", json.dumps(facts).encode())
-
-    def _member(self, name: str, data: bytes) -> None:
-        info = tarfile.TarInfo(name)
-        info.size = len(data)
-        padding = bytes(-len(data) % tarfile.BLOCKSIZE)
-        self._write(info.tobuf(tarfile.USTAR_FORMAT) + data + padding)
+            members.insert(1, ("cls", str(label).encode()))
+        self._write(b"".join(part for field, data in members for part in _member(f"{key}.{field}", data)))
 
     def _write(self, data: bytes) -> None:
         self._file.write(data)
@@ -55,10 +52,22 @@ class ShardWriter:
         self.size += len(data)
 
     def close(self) -> str:
-        """End the archive and return the sha256 of its bytes."""
+        """End the archive, wait until the disk has it, and return the sha256 of its bytes."""
         self._write(_END + bytes(-(self.size + len(_END)) % tarfile.RECORDSIZE))
+        self._file.flush()
+        os.fsync(self._file.fileno())
         self._file.close()
         return self._hash.hexdigest()
+
+
+def _member(name: str, data: bytes) -> tuple[bytes, bytes, bytes]:
+    """Header, data and padding as ``tarfile`` writes them, whose own way takes longer than all the rest of packing."""
+    header = bytearray(_HEADER)
+    header[: len(name)] = name.encode("ascii")
+    header[_SIZE] = b"%011o\0" % len(data)
+    header[_CHECKSUM] = b" " * 8  # as the checksum is defined
+    header[_CHECKSUM] = b"%06o\0 " % sum(header)
+    return bytes(header), data, bytes(-len(data) % tarfile.BLOCKSIZE)
 
 
 class Scan(NamedTuple):
@@ -92,6 +101,8 @@ def scan_shard(path: Path) -> Scan:
             filesize = file.tell()
             file.seek(0)
             samples, ignored = _scan(path, file, filesize)
+        if not samples:
+            raise InputError(f"{path}: holds no samples; copy or download it again, or leave it out")
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
     return Scan(np.array(samples, dtype=SAMPLE), sha256, filesize, ignored)
@@ -211,6 +222,24 @@ def member_name(path: Path, header: int) -> str:
         info = tarfile.TarFile(fileobj=file).next()
         assert info is not None, (path, header)
         return info.name
+
+
+def source_path(path: Path, header: int) -> str:
+    """Where the sample whose first header stands at a byte offset came from: as its JSON member says, else its key."""
+    with path.open("rb") as file:
+        file.seek(header)
+        tar = tarfile.TarFile(fileobj=file)
+        key = None
+        while (info := tar.next()) is not None and key in (None, key_of(info.name)):
+            key = key_of(info.name)
+            if extension_of(info.name) == "json" and (member := tar.extractfile(info)):
+                try:
+                    facts = json.load(member)
+                except ValueError:
+                    break
+                if isinstance(facts, dict) and isinstance(facts.get("path"), str):
+                    return facts["path"]
+    return f"{path.name}/{key}"
 
 
 def key_of(name: str) -> str:
