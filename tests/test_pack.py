@@ -225,6 +225,10 @@ def test_datasets_with_any_column_names(tmp_path):
     with pytest.raises(InputError, match=r"no column of type Image.*data, n"):
         pack(raw, tmp_path / "no")
     assert pack(raw, tmp_path / "raws", image_column="data", label_column="n")["classes"] == ["0", "1", "2", "3"]
+    write(tmp_path, {"elsewhere.png": png()})
+    paths = {"file": [str(tmp_path / "elsewhere.png"), str(tmp_path / "nowhere.png")]}
+    named = save_dataset(tmp_path / "named", paths, {"file": datasets.Value("string")})
+    assert pack(named, tmp_path / "paths", image_column="file", max_refused=0.5)["packed"] == 1
 
 
 def test_splits_of_a_dataset(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import multiprocessing
+import re
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import in_process
+from conftest import ROOT, in_process
 from PIL import Image
 
 from ssl_vit.config import InputError
@@ -271,6 +272,21 @@ def test_one_process_a_part(tree: Path, tmp_path: Path) -> None:
     assert pack(str(tree), tmp_path / "out", part="2/2")["missing"] == []
 
 
+@pytest.mark.processes
+def test_parts_at_the_same_time(tree: Path, tmp_path: Path) -> None:
+    for part in range(1, 5):
+        pack(str(tree), tmp_path / "one-by-one", part=f"{part}/4", maxcount=3)
+    fork = multiprocessing.get_context("fork")
+    words = [(str(tree), str(tmp_path / "out"), f"part={part}/4", "maxcount=3", "workers=1") for part in range(1, 5)]
+    processes = [fork.Process(target=in_process, args=("pipelines/pack.py", *some)) for some in words]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert contents(tmp_path / "out") == contents(tmp_path / "one-by-one")
+    assert not list(tmp_path.glob(".*"))
+
+
 # kills
 
 
@@ -489,3 +505,20 @@ def test_index_and_verify_name_every_bad_shard(tree: Path, tmp_path: Path) -> No
             assert any(f"shard-00000{number}.tar" in line for line in findings) == (number in (1, 3))
         with pytest.raises(InputError, match=r"shard-000001\.tar.*; .*shard-000003\.tar: is not a tar"):
             build_index(sorted(out.glob("*.tar")), out, workers=workers)
+
+
+# documentation
+
+
+def test_the_documented_commands(tree: Path, tmp_path: Path) -> None:
+    shutil.copytree(tree, tmp_path / "data" / "images")
+    pack(str(tree), tmp_path / "their" / "shards", shuffle=False)
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8").partition("## Packing")[2].partition("\n## ")[0]
+    commands = [line.split("#")[0].split() for line in text.splitlines() if line.startswith("python pipelines/")]
+    assert len(commands) == 7
+    for _, script, *words in commands:
+        done = in_process(script, *[re.sub("/(?=data/|their/)", f"{tmp_path}/", word) for word in words])
+        assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / "data").iterdir()} == {
+        "images", "shards", ".corpus.packing", "shards384", "shards512", "mixed",
+    }  # fmt: skip

@@ -211,6 +211,7 @@ def readme_commands() -> list[str]:
         "docs/clusters.md",
         "docs/objectives.md",
         "docs/judging.md",
+        "docs/data.md",
     ):
         text = (ROOT / name).read_text(encoding="utf-8")
         for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):

@@ -18,7 +18,7 @@ from ssl_vit.data.index import INDEX, Index, build_index, read_index
 from ssl_vit.data.pack import PackOptions, pack_images
 from ssl_vit.data.staging import unfinished
 
-PACKED = ("folder", "hf", "builtin")
+PACKED = ("folder", "list", "hf", "builtin")
 _LAYOUT = 1  # raised whenever packing writes something else, so that old caches are left alone
 
 
@@ -31,7 +31,7 @@ def open_source(spec: str, labels: str = "auto", cache: Path | None = None) -> I
     """The index of a source.
 
     Args:
-        spec: a folder of shards, a brace range or glob of tars; or ``folder:PATH``, ``hf:NAME[:SPLIT]``,
+        spec: a folder of shards, a brace range or glob of tars; or ``folder:PATH``, ``list:FILE``, ``hf:NAME[:SPLIT]``,
             ``builtin:digits[-train|-test]``, which are packed into the cache when they are new or have changed.
         labels: ``"auto"``, or ``"none"`` to leave classes out when packing.
         cache: instead of :func:`cache_folder`.
@@ -64,7 +64,7 @@ def _packed(spec: str, labels: str, cache: Path) -> Index:
     images = open_images(spec, labels)
     settings = PackOptions.model_validate({"labels": labels})
     kind, _, rest = spec.partition(":")
-    place = os.path.abspath(os.path.expanduser(rest)) if kind == "folder" else spec
+    place = os.path.abspath(os.path.expanduser(rest)) if kind in ("folder", "list") else spec
     facts = [_LAYOUT, place, images.fingerprint(), settings.model_dump(exclude={"workers"})]
     name = re.sub(r"[^A-Za-z0-9]+", "-", os.path.basename(rest.rstrip("/"))).strip("-")[:40]
     folder = cache / f"{kind}-{name}-{_digest(facts)}"
