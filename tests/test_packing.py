@@ -155,6 +155,7 @@ def test_a_folder_of_parquet(tmp_path: Path) -> None:
 # processes
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_any_number_of_processes_writes_the_same_bytes(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,6 +172,7 @@ def _square(number: int) -> int:
     return number * number
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_work_is_spread_in_order_and_a_mistake_keeps_its_message() -> None:
     assert list(spread(_square, range(7), 3)) == [number * number for number in range(7)]
     with pytest.raises(InputError, match=r"^seven: is not allowed$"):

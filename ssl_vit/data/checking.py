@@ -77,7 +77,7 @@ class Check:
 def resized(data: bytes, facts: Facts, short_side: int, quality: int) -> bytes:
     """An image as a baseline JPEG (4:2:0, optimised Huffman tables) with a smaller short side.
 
-    The pixels are those that training decodes: turned as EXIF says, colour profiles ignored; neither is written again.
+    The pixels are those that training decodes, so neither orientation nor colour profile is written again.
 
     Raises:
         BadSample: it does not decode.

@@ -32,8 +32,16 @@ class ShardImages:
         return len(self._index)
 
     def name(self, i: int) -> str:
-        """The path that packing kept beside the image, else shard and key."""
-        return source_path(Path(self._index.path(self._index.shard_of(i))), int(self._index.samples["header"][i]))
+        """The path that packing kept beside the image, else shard and key.
+
+        Raises:
+            InputError: the shard cannot be read.
+        """
+        shard = Path(self._index.path(self._index.shard_of(i)))
+        try:
+            return source_path(shard, int(self._index.samples["header"][i]))
+        except OSError as error:
+            raise InputError(f"{shard}: cannot be read: {error.strerror}") from None
 
     def read(self, i: int) -> bytes:
         """The bytes of image ``i``.

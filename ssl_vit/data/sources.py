@@ -65,7 +65,7 @@ def _packed(spec: str, labels: str, cache: Path) -> Index:
     settings = PackOptions.model_validate({"labels": labels})
     kind, _, rest = spec.partition(":")
     place = os.path.abspath(os.path.expanduser(rest)) if kind in ("folder", "list") else spec
-    facts = [_LAYOUT, place, images.fingerprint(), settings.model_dump(exclude={"workers"})]
+    facts = [_LAYOUT, place, images.fingerprint(), settings.content()]
     name = re.sub(r"[^A-Za-z0-9]+", "-", os.path.basename(rest.rstrip("/"))).strip("-")[:40]
     folder = cache / f"{kind}-{name}-{_digest(facts)}"
     with _locked(folder):

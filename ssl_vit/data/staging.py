@@ -52,7 +52,7 @@ class Staging:
         """Begin, or go on with what was begun under the same plan.
 
         Args:
-            plan: its ``parts`` and ``found`` say which positions each part has; the rest is compared.
+            plan: whatever decides what is written; ``parts`` and ``found`` cut the order.
 
         Raises:
             InputError: the folder cannot be made, or holds something else that is not finished.

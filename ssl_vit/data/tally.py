@@ -18,18 +18,15 @@ _BINS = [*(f"{low}-{high - 1}" for low, high in pairwise(_EDGES)), f"{_EDGES[-1]
 
 @dataclass
 class Tally:
-    """Counts over some images."""
+    """Counts over some images: refused as ``[name, reason]``, short sides by bins, bytes before and after resizing."""
 
     packed: int = 0
     refused: list[list[str]] = field(default_factory=list)
-    """``[name, reason]`` of each."""
     modes: Counter[str] = field(default_factory=Counter)
     short_sides: Counter[str] = field(default_factory=Counter)
-    """By bins of pixels."""
     resized: int = 0
-    resized_from: int = 0
-    """Bytes of the re-encoded images before; and after:"""
-    resized_to: int = 0
+    bytes_before: int = 0
+    bytes_after: int = 0
 
     def add(self, image: CheckedImage) -> None:
         """Count an image."""
@@ -41,8 +38,8 @@ class Tally:
         self.short_sides[_BINS[bisect_right(_EDGES, min(image.height, image.width)) - 1]] += 1
         if image.resized_from:
             self.resized += 1
-            self.resized_from += image.resized_from[2]
-            self.resized_to += len(image.data)
+            self.bytes_before += image.resized_from[2]
+            self.bytes_after += len(image.data)
 
     def update(self, other: Tally) -> None:
         """Count what another has counted."""
@@ -77,10 +74,10 @@ def print_summary(tally: Tally, images: Images, source: str, resize: int | None)
     say(f"  sides    {sides} pixels (the shorter)")
     if resize:
         others = sum(count for mode, count in tally.modes.items() if mode not in RESIZED_MODES)
-        share = f"{tally.resized_to / tally.resized_from:.0%} of their bytes" if tally.resized else "none was larger"
+        share = f"{tally.bytes_after / tally.bytes_before:.0%} of their bytes" if tally.resized else "none was larger"
         say(
             f"  resized  {tally.resized} images to {resize} pixels, re-encoded as JPEG, which loses detail for good: "
-            f"{tally.resized_from / 1e6:.1f} -> {tally.resized_to / 1e6:.1f} MB, {share}"
+            f"{tally.bytes_before / 1e6:.1f} -> {tally.bytes_after / 1e6:.1f} MB, {share}"
             + (f"; {others} others copied: modes that JPEG does not hold" if others else "")
         )
         say(
