@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import multiprocessing
+import os
 import re
 import shutil
 import signal
@@ -27,6 +28,7 @@ from PIL import Image
 from ssl_vit.config import InputError
 from ssl_vit.data import pack as pack_module
 from ssl_vit.data.decode import decode
+from ssl_vit.data.images import open_images
 from ssl_vit.data.index import build_index, read_index
 from ssl_vit.data.mixing import ENOUGH, mixing
 from ssl_vit.data.pack import pack
@@ -137,7 +139,20 @@ def test_shards_are_packed_again(tree: Path, tmp_path: Path) -> None:
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     assert pack(f"shards:{tmp_path}/foreign.tar", tmp_path / "ours")["classes"] is None
-    assert facts(tmp_path / "ours") == [("foreign.tar/k2", 5, picture), ("foreign.tar/x/k1", 3, picture)]
+    assert facts(tmp_path / "ours") == [("k2", 5, picture), ("x/k1", 3, picture)]
+
+
+def test_a_shard_that_cannot_be_read_stops_it(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pack(str(tree), tmp_path / "first")
+    images = open_images(f"shards:{tmp_path / 'first'}")
+    os.truncate(tmp_path / "first" / "shard-000000.tar", 700)
+    for fail in (images.name, images.read):
+        with pytest.raises(InputError, match=r"shard-000000\.tar"):
+            fail(20)
+    monkeypatch.setattr("ssl_vit.data.pack.open_images", lambda *words: images)
+    with pytest.raises(InputError, match=r"shard-000000\.tar"):
+        pack("any", tmp_path / "out", max_refused=1)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_of_parquet(tmp_path: Path) -> None:

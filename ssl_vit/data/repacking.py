@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from tarfile import TarError
 
 from ssl_vit.config import InputError
 from ssl_vit.data.formats import printable
@@ -32,16 +32,18 @@ class ShardImages:
         return len(self._index)
 
     def name(self, i: int) -> str:
-        """The path that packing kept beside the image, else shard and key.
+        """The path that packing kept beside the image, else its key.
 
         Raises:
             InputError: the shard cannot be read.
         """
-        shard = Path(self._index.path(self._index.shard_of(i)))
+        shard = self._index.path(self._index.shard_of(i))
         try:
-            return source_path(shard, int(self._index.samples["header"][i]))
-        except OSError as error:
-            raise InputError(f"{shard}: cannot be read: {error.strerror}") from None
+            with open(shard, "rb") as file:
+                file.seek(int(self._index.samples["header"][i]))
+                return source_path(file)
+        except (OSError, TarError) as error:
+            raise InputError(f"{shard}: cannot be read: {error}") from None
 
     def read(self, i: int) -> bytes:
         """The bytes of image ``i``.

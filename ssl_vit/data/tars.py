@@ -8,7 +8,7 @@ import os
 import re
 import tarfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -224,22 +224,21 @@ def member_name(path: Path, header: int) -> str:
         return info.name
 
 
-def source_path(path: Path, header: int) -> str:
-    """Where the sample whose first header stands at a byte offset came from: as its JSON member says, else its key."""
-    with path.open("rb") as file:
-        file.seek(header)
-        tar = tarfile.TarFile(fileobj=file)
-        key = None
-        while (info := tar.next()) is not None and key in (None, key_of(info.name)):
-            key = key_of(info.name)
-            if extension_of(info.name) == "json" and (member := tar.extractfile(info)):
-                try:
-                    facts = json.load(member)
-                except ValueError:
-                    break
-                if isinstance(facts, dict) and isinstance(facts.get("path"), str):
-                    return facts["path"]
-    return f"{path.name}/{key}"
+def source_path(file: BinaryIO) -> str:
+    """Where the sample at the position of an open shard came from: the path in its JSON member, else its key."""
+    tar, key = tarfile.TarFile(fileobj=file), None
+    while (info := tar.next()) is not None and key in (None, key_of(info.name)):
+        key = key_of(info.name)
+        if extension_of(info.name) == "json" and (member := tar.extractfile(info)):
+            try:
+                facts = json.load(member)
+            except ValueError:
+                break
+            if isinstance(facts, dict) and isinstance(facts.get("path"), str):
+                return facts["path"]
+    if key is None:
+        raise tarfile.ReadError("the file ends before its sample")
+    return key
 
 
 def key_of(name: str) -> str:
