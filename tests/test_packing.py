@@ -192,6 +192,7 @@ def test_work_is_spread_in_order_and_a_mistake_keeps_its_message() -> None:
     assert list(spread(_square, range(7), 3)) == [number * number for number in range(7)]
     with pytest.raises(InputError, match=r"^seven: is not allowed$"):
         list(spread(_square, range(20), 2))
+    assert not multiprocessing.active_children()
 
 
 def _die(number: int) -> int:
@@ -202,8 +203,10 @@ def _die(number: int) -> int:
 
 @pytest.mark.processes
 def test_a_killed_worker_is_one_message() -> None:
+    before = signal.getsignal(signal.SIGCHLD)
     with pytest.raises(InputError, match=r"a worker process was killed .*memory.*workers="):
         list(spread(_die, range(10), 2))
+    assert signal.getsignal(signal.SIGCHLD) is before
 
 
 def test_members_are_those_of_tarfile(tmp_path: Path) -> None:

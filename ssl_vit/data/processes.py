@@ -48,8 +48,13 @@ def spread(function: Callable[[Item], Result], items: Sequence[Item], workers: i
         prefetch_factor=2,
         generator=torch.Generator(),  # its seed must not be drawn from anybody's stream
     )
+    noticed = signal.getsignal(signal.SIGCHLD)
+    iterator = iter(loader)
+    if signal.getsignal(signal.SIGCHLD) is not noticed:
+        # torch would raise wherever this process is when a worker dies; the missing result tells as well
+        signal.signal(signal.SIGCHLD, noticed or signal.SIG_DFL)
     try:
-        for result in loader:
+        for result in iterator:
             if isinstance(result, InputError):
                 raise result
             yield result
@@ -58,6 +63,8 @@ def spread(function: Callable[[Item], Result], items: Sequence[Item], workers: i
             raise
         cure = "most often for want of memory: give fewer with workers=..."
         raise InputError(f"a worker process was killed ({' '.join(str(error).split())}), {cure}") from None
+    finally:
+        del iterator  # ends the workers now; an error's traceback would keep them
 
 
 class _Calls(Dataset):
