@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ssl_vit.config import to_yaml
+from ssl_vit.data.decode import RULES
 from ssl_vit.data.loader import Pixels
 from ssl_vit.encoders.base import Encoder
 from ssl_vit.evaluation.base import Evaluation, Subset
@@ -101,7 +102,7 @@ def card_facts(recipe: Recipe, folder: RunFolder, plan: Plan, result: dict[str, 
     return {
         "path": folder.path / "encoder",
         "encoder": encoder,
-        "data": {**data, "mean": pixels.mean, "std": pixels.std, "crop_pct": pixels.crop_pct},
+        "data": {**data, "mean": pixels.mean, "std": pixels.std, "crop_pct": pixels.crop_pct, "image files": RULES},
         "results": {"scored": result["probe"]}
         | {n: f"{initial.get(n, float('nan')):.4f} -> {final[n]:.4f}" for n in shown},
         "recipe": to_yaml(recipe),

@@ -1,13 +1,19 @@
 import io
+import struct
 import threading
 import warnings
+import zlib
+from contextlib import suppress
 
 import numpy as np
 import pytest
+import tifffile
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
-from ssl_vit.data.decode import BadSample, decode, inspect, to_uint8
+from ssl_vit.data.arrays import to_uint8
+from ssl_vit.data.decode import BadSample, decode, inspect
+from ssl_vit.data.views import CentreView, CropView
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
@@ -22,6 +28,26 @@ def npy(array: np.ndarray) -> bytes:
     file = io.BytesIO()
     np.save(file, array)
     return file.getvalue()
+
+
+def tiff(array: np.ndarray, photometric: str = "minisblack", **settings) -> bytes:
+    file = io.BytesIO()
+    tifffile.imwrite(file, array, photometric=photometric, **settings)
+    return file.getvalue()
+
+
+def deep_png(array: np.ndarray, colour_key: tuple[int, ...] = ()) -> bytes:
+    """A 16-bit PNG of values (H, W, C), which Pillow only writes in grey."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    height, width, channels = array.shape
+    kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
+    key = chunk(b"tRNS", struct.pack(f">{len(colour_key)}H", *colour_key)) if colour_key else b""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + key + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def picture(height: int = 40, width: int = 60) -> Image.Image:
@@ -132,6 +158,49 @@ def test_palette_one_bit_and_cmyk():
         assert near(colour(decode(data), 0.2, 0.5), RED)
 
 
+def ycck(colour: tuple[int, int, int]) -> bytes:
+    """A JPEG as Photoshop writes it: inverted CMYK turned into YCC and K. Pillow inverts what it writes, too."""
+    luma = Image.new("RGB", (1, 1), tuple(255 - value for value in colour)).convert("YCbCr").getpixel((0, 0))
+    planes = [Image.new("L", (16, 16), 255 - value) for value in (*luma, 255)]
+    data = bytearray(saved(Image.merge("CMYK", planes), "JPEG", quality=100))
+    data[data.index(b"Adobe") + 11] = 2  # the transform: YCCK
+    return bytes(data)
+
+
+@pytest.mark.parametrize("wanted", [RED, BLUE, (255, 255, 255), (0, 0, 0), (10, 200, 90)])
+def test_jpegs_of_every_colour_space(wanted):
+    image = Image.new("RGB", (16, 16), wanted)
+    cmyk = saved(image.convert("CMYK"), "JPEG", quality=100)
+    marker = cmyk.index(b"Adobe") - 4
+    files = {
+        "YCbCr": saved(image, "JPEG", quality=100),
+        "RGB": saved(image, "JPEG", quality=100, keep_rgb=True),
+        "progressive": saved(image, "JPEG", quality=100, progressive=True),
+        "CMYK": cmyk,
+        "CMYK without Adobe's marker": cmyk[:marker] + cmyk[marker + 16 :],
+        "YCCK": ycck(wanted),
+    }
+    grey = image.convert("L").getpixel((0, 0))
+    for name, data in files.items():
+        assert near(colour(decode(data), 0.5, 0.5), wanted, 3), name
+        assert near(colour(decode(data, 1), 0.5, 0.5), (grey,), 3), name
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
+def test_colour_profiles_change_nothing(kind):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    data = saved(picture(), kind, icc_profile=profile)
+    assert len(data) > len(plain := saved(picture(), kind))
+    assert torch.equal(decode(data), decode(plain))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF", "MPO"])
+def test_the_first_frame_counts(kind):
+    frames = [picture(), Image.new("RGB", (60, 40), (0, 255, 0))]
+    data = saved(frames[0], kind, save_all=True, append_images=frames[1:])
+    assert near(colour(decode(data), 0.2, 0.5), RED)
+
+
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "npy"])
 @pytest.mark.parametrize("in_chans", [1, 3])
@@ -149,12 +218,73 @@ def test_sixteen_bits_are_scaled_not_clipped(order, kind, in_chans):
     np.testing.assert_array_equal(pixels[0].numpy(), np.rint(ramp.astype(float) / 257))
 
 
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_sixteen_bit_colour_counts_by_its_upper_byte(channels):
+    """B32, B34: within a level of the full range, alpha composited."""
+    ramp = np.arange(4096).reshape(64, 64) * 16
+    alpha = np.repeat([0, 65535], 32)[:, None].repeat(64, axis=1)
+    layers = {2: [ramp, alpha], 3: [ramp, ramp, ramp], 4: [ramp, ramp, ramp, alpha]}[channels]
+    pixels = decode(deep_png(np.stack(layers, 2)), background=(10, 20, 30)).numpy()
+    np.testing.assert_allclose(pixels[0], ramp / 257 if channels == 3 else np.where(alpha, ramp / 257, 10), atol=1)
+
+
+def test_colour_key_of_sixteen_bit_grey():
+    pixels = decode(deep_png(np.array([[[1000], [65535]]]), colour_key=(1000,)), background=(10, 20, 30))
+    assert pixels[:, 0].T.tolist() == [[10, 20, 30], [255, 255, 255]]
+
+
+RAMP = np.arange(4096).reshape(64, 64)
+FULL = np.rint(RAMP * (255 / 4095))
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (tiff((RAMP * 16 + 15).astype("<u2"), "miniswhite"), 255 - np.rint((RAMP * 16 + 15) / 257)),
+        (tiff((RAMP // 16).astype(np.uint8), "miniswhite"), 255 - RAMP // 16),
+        (tiff((RAMP / 4095).astype("<f4"), "miniswhite"), 255 - FULL),
+        (tiff((RAMP * 1048832).astype("<u4")), FULL),
+        (tiff((RAMP - 2000).astype("<i2")), FULL),
+        (tiff((RAMP - 2000).astype(">i4"), byteorder=">"), FULL),
+        (tiff((RAMP // 16 - 128).astype(np.int8)), RAMP // 16),
+        (tiff((RAMP / 4095).astype("<f4")), FULL),
+        (tiff((RAMP / 100 - 3).astype("<f8")), FULL),
+        (tiff((RAMP > 9).astype(bool)), (RAMP > 9) * 255),
+        (tiff(np.stack([RAMP * 16] * 3).astype("<u2"), "rgb", planarconfig="separate"), np.rint(RAMP * 16 / 257)),
+        (tiff(np.stack([RAMP / 4095] * 3, 2).astype("<f4"), "rgb"), FULL),
+        (b"P5 64 64 65535\n" + (RAMP // 16).astype(">u2").tobytes(), np.rint(RAMP // 16 / 257)),
+        (b"P5 64 64 4095\n" + RAMP.astype(">u2").tobytes(), FULL),
+        (npy((RAMP // 16).astype(np.int64)), RAMP // 16),
+        (npy((RAMP // 16).astype(">u2")), np.rint(RAMP // 16 / 257)),
+    ],
+    ids=["white-is-0 u16", "white-is-0 u8", "white-is-0 f32", "u32", "i16", "i32", "i8", "f32", "f64", "1 bit",
+         "planes of u16", "f32 RGB", "dark 16-bit pgm", "12-bit pgm", "int64 of bytes", "dark u2"],
+)  # fmt: skip
+def test_every_depth_has_its_right_value(data, expected):
+    """B32: not clipped, not wrapped, not inverted."""
+    for in_chans in (1, 3):
+        np.testing.assert_array_equal(decode(data, in_chans)[0].numpy(), expected)
+
+
+def test_twelve_bit_tiff():
+    packed = tiff(np.arange(64 * 48, dtype="<u2").reshape(64, 48), metadata=None)
+    for tag, old, new in ((258, 16, 12), (256, 48, 64)):  # 48 values of 16 bits are 64 of 12
+        entry = next(struct.pack("<HHII", tag, kind, 1, old) for kind in (3, 4)
+                     if struct.pack("<HHII", tag, kind, 1, old) in packed)  # fmt: skip
+        packed = packed.replace(entry, entry[:8] + struct.pack("<I", new))
+    raw = np.arange(64 * 48, dtype="<u2").view(np.uint8).reshape(-1, 3).astype(int)
+    values = np.stack([raw[:, 0] << 4 | raw[:, 1] >> 4, (raw[:, 1] & 15) << 8 | raw[:, 2]], 1).reshape(64, 64)
+    np.testing.assert_allclose(decode(packed, 1)[0].numpy(), values * (255 / 4095), atol=0.51)
+
+
 def test_rules_of_scaling():
     assert to_uint8(np.array([0.0, 0.5, 1.0], np.float32)).tolist() == [0, 128, 255]
     assert to_uint8(np.array([-1.0, 0.0, 3.0])).tolist() == [0, 64, 255]
     assert to_uint8(np.array([7.0, 7.0])).tolist() == [0, 0]
     assert to_uint8(np.array([False, True])).tolist() == [0, 255]
     assert to_uint8(np.array([0, 65535], np.int32)).tolist() == [0, 255]
+    assert to_uint8(np.array([0, 7, 255], np.int32)).tolist() == [0, 7, 255]
+    assert to_uint8(np.array([0, 255, 257], np.uint16)).tolist() == [0, 1, 1]
     assert to_uint8(np.array([-(2**31), 2**31 - 1], np.int32)).tolist() == [0, 255]
     assert to_uint8(np.array([1, 2, 255], np.uint8)).tolist() == [1, 2, 255]
     with pytest.raises(BadSample, match="finite"):
@@ -187,11 +317,28 @@ def test_arrays_never_run_code():
 
 
 def test_tiff_of_many_bands():
-    tifffile = pytest.importorskip("tifffile")
     array = np.random.default_rng(0).integers(0, 2**16, (8, 12, 6), dtype=np.uint16)
-    file = io.BytesIO()
-    tifffile.imwrite(file, array, photometric="minisblack", planarconfig="contig")
-    np.testing.assert_array_equal(decode(file.getvalue(), 6).permute(1, 2, 0).numpy(), np.rint(array / 257.0))
+    expected = np.rint(array / 257.0)
+    in_one_page = tiff(array, planarconfig="contig")
+    a_page_each = tiff(array.transpose(2, 0, 1).copy())
+    turned = tiff(array, planarconfig="contig", extratags=[(0x0112, 3, 1, 6, True)])
+    np.testing.assert_array_equal(decode(in_one_page, 6).permute(1, 2, 0).numpy(), expected)
+    np.testing.assert_array_equal(decode(a_page_each, 6).permute(1, 2, 0).numpy(), expected)
+    np.testing.assert_array_equal(decode(turned, 6).permute(1, 2, 0).numpy(), np.rot90(expected, -1))
+    assert decode(a_page_each).shape == (3, 8, 12), "of several pages the first is the image"
+    with pytest.raises(BadSample, match="max_pixels"):
+        decode(a_page_each, 6, max_pixels=90)
+
+
+@pytest.mark.parametrize("channels", [2, 4, 5])
+def test_no_band_of_a_tiff_is_lost(channels):
+    """Pillow opens grey or RGB with extra bands, and drops them."""
+    array = np.random.default_rng(0).integers(0, 256, (8, 12, channels), dtype=np.uint8)
+    colours = 1 if channels == 2 else 3
+    data = tiff(array, "rgb" if colours == 3 else "minisblack", planarconfig="contig",
+                extrasamples=(0,) * (channels - colours))  # fmt: skip
+    np.testing.assert_array_equal(decode(data, channels).permute(1, 2, 0).numpy(), array)
+    np.testing.assert_array_equal(decode(data)[:colours].permute(1, 2, 0).numpy(), array[:, :, :colours])
 
 
 BROKEN = {
@@ -207,6 +354,8 @@ BROKEN = {
     "cut gif": (saved(picture(), "GIF")[:100], ""),
     "cut npy": (npy(np.zeros((9, 9)))[:200], ""),
     "magic only": (b"\xff\xd8\xff", ""),
+    "12-bit jpeg": (saved(picture(), "JPEG").replace(b"\xff\xc0\0\x11\x08", b"\xff\xc0\0\x11\x0c"), "no readable jpg"),
+    "html named as an archive": (b"\r\n<html><head><title>503", "begins with b'"),
 }
 
 
@@ -223,6 +372,27 @@ def test_what_is_no_image_is_a_bad_sample(case, in_chans):
         inspect(data)
 
 
+@pytest.mark.parametrize("settings", [{}, {"progressive": True}, {"restart_marker_rows": 1}])
+def test_a_jpeg_cut_anywhere_is_refused(settings):
+    """B38: no grey half ever becomes a picture."""
+    noise = np.random.default_rng(0).integers(0, 255, (12, 16, 3), dtype=np.uint8)
+    data = saved(Image.fromarray(noise).resize((97, 71)), "JPEG", **settings)
+    assert decode(data + b"\0" * 9).shape == (3, 71, 97), "what follows the picture does no harm"
+    for cut in [*range(0, len(data), len(data) // 60), len(data) - 2, len(data) - 1]:
+        with pytest.raises(BadSample):
+            decode(data[:cut])
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF", "WEBP", "TIFF", "BMP"])
+def test_what_is_cut_is_refused_or_whole(kind, capfd):
+    data = saved(picture(), kind)
+    whole = decode(data)
+    for cut in range(0, len(data), max(1, len(data) // 60)):
+        with suppress(BadSample):
+            assert torch.equal(decode(data[:cut]), whole)
+    assert capfd.readouterr() == ("", ""), "no library writes of its own"
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "npy"])
 def test_the_pixel_limit_is_ours(kind, recwarn):
     """B41: also above and below Pillow's own limits, without its warnings."""
@@ -236,6 +406,22 @@ def test_the_pixel_limit_is_ours(kind, recwarn):
     assert inspect(data, full=False).width == 12_000 or kind == "npy"
     assert limit == Image.MAX_IMAGE_PIXELS
     assert not recwarn.list
+
+
+def test_very_large_small_and_long_images():
+    """B41: 400 megapixels are refused by their header; a strip and a single pixel become views."""
+    data = bytearray(saved(picture(), "PNG"))
+    data[16:24] = struct.pack(">II", 20_000, 20_000)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    with pytest.raises(BadSample, match="has 20000 x 20000 pixels, more than max_pixels=178956970"):
+        decode(bytes(data))
+    random_crop = CropView((32, 32), (0.2, 1.0), (3 / 4, 4 / 3), 0.5, "bicubic")
+    centre_crop = CentreView((32, 32), 0.875, "bicubic")
+    for size in ((30_000, 40), (40, 30_000), (1, 1), (1, 30_000)):
+        sample = {"image": decode(saved(Image.new("RGB", size, RED), "PNG")), "label": -1}
+        for view in (random_crop(sample), centre_crop(sample)):
+            assert view["image"].shape == (3, 32, 32)
+            assert near(colour(view["image"], 0.5, 0.5), RED, 0)
 
 
 def test_threads_leave_pillow_as_it_was():

@@ -23,6 +23,10 @@ _MAGIC = {
 }
 
 
+class BadSample(Exception):
+    """Bytes that are not an image we train on; the message says why."""
+
+
 def sniff(head: bytes) -> str | None:
     """The extension that fits the bytes a file begins with, or None if they are not those of an image we read."""
     for magic, extension in _MAGIC.items():

@@ -6,6 +6,7 @@ and returns a dict of tensors without a batch axis.
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass
 from typing import Any
@@ -223,8 +224,15 @@ class CentreView:
         height, width = image.shape[-2:]
         target_height, target_width = self.img_size
         scale = max(target_height / height, target_width / width) / self.crop_pct
+        # of a strip only the middle: whole, a line of pixels would be enlarged to gigabytes
+        height = min(height, math.ceil(16 * target_height / scale))
+        width = min(width, math.ceil(16 * target_width / scale))
+        image = _centre(image, height, width)
         size = (max(round(height * scale), target_height), max(round(width * scale), target_width))
-        image = resize(image, size, self.interpolation)
-        top, left = (size[0] - target_height) // 2, (size[1] - target_width) // 2
-        image = image[:, top : top + target_height, left : left + target_width]
+        image = _centre(resize(image, size, self.interpolation), target_height, target_width)
         return {"image": image, "label": torch.tensor(sample["label"])}
+
+
+def _centre(image: Tensor, height: int, width: int) -> Tensor:
+    top, left = (image.shape[-2] - height) // 2, (image.shape[-1] - width) // 2
+    return image[:, top : top + height, left : left + width]

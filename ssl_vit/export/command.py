@@ -11,6 +11,7 @@ from pydantic import Field
 
 from ssl_vit.config import InputError, Section
 from ssl_vit.data.commands import command
+from ssl_vit.data.decode import RULES
 from ssl_vit.data.formats import say
 from ssl_vit.data.loader import IMAGENET_MEAN, IMAGENET_STD
 
@@ -92,7 +93,7 @@ def _card(source: Path, out: Path, options: ExportOptions, encoder: dict[str, An
     if run is not None and (run / "README.md").is_file():
         text = (run / "README.md").read_text(encoding="utf-8")
     else:
-        text = write_card(out, {"encoder": encoder, "data": data}).read_text(encoding="utf-8")
+        text = write_card(out, {"encoder": encoder, "data": {**data, "image files": RULES}}).read_text(encoding="utf-8")
     kind = options.format
     library = "timm" if kind == "timm" else "transformers"
     if source.name.startswith("step_"):  # the figures are of the run's last step
