@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssl_vit.config import InputError
+from ssl_vit.data import order as order_module
+from ssl_vit.data.loader import Pixels, TrainBatches
 from ssl_vit.data.order import (
     Order,
     Stream,
@@ -209,3 +211,98 @@ def test_steps_count_epochs_exactly():
     assert steps_of(1, 3001, 100) == 31
     assert steps_of(300, 1281152, 4096) == 93835
     assert steps_of(0, 10, 3) == 0
+
+
+def streams(draw: st.DrawFn, repeats: int) -> Stream:
+    sources = draw(st.lists(sizes, min_size=1, max_size=3))
+    weights = draw(st.none() | st.lists(st.integers(1, 9), min_size=len(sources), max_size=len(sources)))
+    seed, num_lanes, window = draw(seeds), draw(lanes), draw(windows)
+    orders = [Order(counts, derive_seed(seed, i), num_lanes, window) for i, counts in enumerate(sources)]
+    return Stream(orders, seed, weights, repeats)
+
+
+@st.composite
+def readings(draw: st.DrawFn) -> tuple[Stream, int, int, int, int, int]:
+    """A stream; ranks, micro-batch size and accumulation, whose product is the global batch; workers; repeats."""
+    repeats = draw(st.integers(1, 3))
+    stream = streams(draw, repeats)
+    num_ranks, micro, accumulation = draw(st.integers(1, 16)), draw(st.integers(1, 6)), draw(st.integers(1, 3))
+    return stream, num_ranks, micro, accumulation, draw(st.integers(0, 8)), repeats
+
+
+def read_steps(
+    stream: Stream, steps: range, num_ranks: int, micro: int, accumulation: int, workers: int
+) -> dict[int, tuple[int, int]]:
+    """The place in the data of each position of some steps, read by ranks and their workers, each with its own copy."""
+    batch_size, found = num_ranks * micro * accumulation, {}
+    for rank in range(num_ranks):
+        batches = TrainBatches([], stream, dict, Pixels((), ()), 0, batch_size, micro, rank, num_ranks)
+        copies = [pickle.loads(pickle.dumps(batches)) for _ in range(max(workers, 1))]
+        for item in range(steps.start * accumulation, steps.stop * accumulation):
+            copy = copies[item % len(copies)]
+            for position in copy.positions(item):
+                assert position not in found
+                found[position] = copy.stream.locate(position)
+    return found
+
+
+@quick
+@given(readings(), st.integers(0, 10**6))
+def test_a_step_is_the_same_whoever_reads_it(reading, step):
+    """The union over ranks and micro-batches is exactly the step's positions, each leading to the same sample."""
+    stream, num_ranks, micro, accumulation, workers, _ = reading
+    batch_size = num_ranks * micro * accumulation
+    found = read_steps(stream, range(step, step + 2), num_ranks, micro, accumulation, workers)
+    alone = {position: stream.locate(position) for position in range(step * batch_size, (step + 2) * batch_size)}
+    assert found == alone
+    assert found == read_steps(stream, range(step, step + 2), 1, batch_size, 1, 0)
+
+
+@quick
+@given(readings(), st.integers(0, 1000))
+def test_an_epoch_has_each_sample_once_but_for_the_remainder(reading, number):
+    stream, num_ranks, micro, accumulation, workers, repeats = reading
+    stream = Stream(stream.orders[:1], stream.seed, repeats=repeats)
+    (order,) = stream.orders
+    first, last = number * order.epoch_size * repeats, (number + 1) * order.epoch_size * repeats
+    batch_size = num_ranks * micro * accumulation
+    steps = range(first // batch_size, -(-last // batch_size))
+    found = read_steps(stream, steps, num_ranks, micro, accumulation, workers)
+    times = Counter(found[position] for position in range(first, last))
+    assert set(times.values()) == {repeats}
+    assert order.num_samples - len(times) == order.num_samples % order.num_lanes
+
+
+@quick
+@given(readings(), st.integers(0, 10**6))
+def test_mixed_sources_have_their_exact_counts_in_every_block(reading, block):
+    stream, *_, repeats = reading
+    length = stream.block * stream.num_lanes * repeats
+    counts = Counter(stream.locate(position)[0] for position in range(block * length, (block + 1) * length, repeats))
+    if len(stream.orders) > 1:
+        assert [counts[source] for source in range(len(stream.orders))] == [n * stream.num_lanes for n in stream.rows]
+
+
+@quick
+@given(sizes, seeds, lanes, windows, st.integers(0, 10**9))
+def test_a_late_step_costs_no_more_than_the_first(shard_sizes, seed, num_lanes, window, step):
+    """What is computed to find the samples of a step: the shards of its epoch and a window of each lane it reads."""
+    order = Order(shard_sizes, seed, num_lanes, window)
+
+    def cost(number: int) -> list[int]:
+        drawn: list[int] = []
+
+        def counted(size: int, *keys: int) -> np.ndarray:
+            drawn.append(size)
+            return permutation(size, *keys)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(order_module, "permutation", counted)
+            fresh = Order(shard_sizes, seed, num_lanes, window)
+            for entry in range(number * order.num_lanes, (number + 1) * order.num_lanes):
+                fresh.sample(entry)
+        return drawn
+
+    first, late = cost(0), cost(step)
+    assert len(late) == len(first) == order.num_lanes + 1
+    assert sum(late) <= sum(first) <= len(shard_sizes) + order.num_lanes * window
