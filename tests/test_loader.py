@@ -12,18 +12,21 @@ import torch
 from conftest import write_images
 from hypothesis import given
 from hypothesis import strategies as st
+from torchvision.transforms import RandomResizedCrop
 
 from ssl_vit.config import InputError
+from ssl_vit.data import loader
 from ssl_vit.data.bad_samples import BadReport, BadSamples
 from ssl_vit.data.decode import decode
 from ssl_vit.data.index import Index
 from ssl_vit.data.loader import VIEW_SEED, Pixels, TrainBatches, iterate
 from ssl_vit.data.masking import random_mask, visible_count
+from ssl_vit.data.multicrop import ColourView, MaskRule, MultiCropView
 from ssl_vit.data.order import Order, Stream, derive_seed
 from ssl_vit.data.pack import pack
 from ssl_vit.data.reader import Reader, ReadError
 from ssl_vit.data.sources import open_source
-from ssl_vit.data.views import CentreView, CropView, MaskedView, seed_generators
+from ssl_vit.data.views import CentreView, CropView, MaskedView, random_box, seed_generators
 
 PIXELS = Pixels((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
 VIEW = MaskedView((16, 16), (0.3, 1.0), (0.75, 1.33), 0.5, "bicubic", grid_size=(4, 4), mask_ratio=0.75)
@@ -254,3 +257,31 @@ def test_the_generators_follow_the_seed() -> None:
         seed_generators(derive_seed(seed))
         drawn.append((random.random(), float(np.random.rand()), float(torch.rand(()))))
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+@given(
+    st.integers(0, 2**63),
+    st.integers(1, 900),
+    st.integers(1, 900),
+    st.sampled_from([(0.2, 1.0), (0.05, 0.32), (1, 1)]),
+    st.sampled_from([(3 / 4, 4 / 3), (1.0, 1.0), (0.5, 0.9)]),
+)
+def test_random_boxes_are_torchvisions(seed, height, width, scale, ratio):
+    """The same boxes, and the generator left in the same state."""
+    image = torch.empty(1).expand(3, height, width)
+    seed_generators(seed)
+    expected = RandomResizedCrop.get_params(image, list(scale), list(ratio)), torch.rand(3).tolist()
+    seed_generators(seed)
+    assert (random_box(height, width, scale, ratio), torch.rand(3).tolist()) == expected
+
+
+def test_several_crops_of_a_sample_decode_it_once(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded = []
+    monkeypatch.setattr(loader, "decode", lambda *args, **settings: decoded.append(1) or decode(*args, **settings))
+    crop = ColourView((16, 16), (0.3, 1.0), (0.75, 1.33), 0.5, "bicubic")
+    view = MultiCropView(crop, crop, crop, 6, MaskRule((4, 4), (0.3,), (0.0,), "random"))
+    order = Order(open_source(str(shards)).shard_sizes.tolist(), 5)
+    batch, _ = TrainBatches([open_source(str(shards))], Stream([order], 5), view, PIXELS, 3, 12, 12)[0]
+    assert batch["global_views"].shape[:2] == (12, 2)
+    assert batch["local_views"].shape[:2] == (12, 6)
+    assert len(decoded) == 12

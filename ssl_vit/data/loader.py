@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ssl_vit.config import InputError
 from ssl_vit.data.bad_samples import BadReport
@@ -117,7 +117,7 @@ class TrainBatches(Dataset):
         """Read, decode and view one micro-batch."""
         reports: list[BadReport] = []
         views = [self._view_at(position, reports) for position in self.positions(item)]
-        return {key: torch.stack([view[key] for view in views]) for key in views[0]}, reports
+        return default_collate(views), reports
 
     def _view_at(self, position: int, reports: list[BadReport]) -> dict[str, Tensor]:
         good = len(reports)
