@@ -4,6 +4,7 @@
     python scripts/bench_loader.py --data imagenet-sample.tar
     python scripts/bench_loader.py --data FOLDER --rounds 7 --out loader.json
     python scripts/bench_loader.py --data imagenet-sample.tar --epochs 20        memory of ours over 20 epochs, alone
+    python scripts/bench_loader.py --data imagenet-sample.tar --remote           ours over HTTP, 50 ms away, alone
 
 Contenders: (a) ours end to end, shards to stacked batches; (b) the official MAE loader's way: a folder of files, PIL,
 torchvision's transforms to normalised floats, DataLoader; (c) webdataset's pipeline over the same shards, decoded by
@@ -19,7 +20,10 @@ counted in each, and of the largest worker.
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib
 import json
+import multiprocessing
 import os
 import re
 import statistics
@@ -30,6 +34,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +43,7 @@ import torch
 
 from ssl_vit.data.decode import BadSample, decode
 from ssl_vit.data.formats import EXTENSIONS, extension_of
+from ssl_vit.data.index import Index
 from ssl_vit.data.loader import IMAGENET_MEAN, IMAGENET_STD, Pixels, TrainBatches, View, iterate
 from ssl_vit.data.multicrop import ColourView, MaskRule, MultiCropView
 from ssl_vit.data.order import Order, Stream
@@ -66,10 +72,9 @@ Contender = Callable[[Setting], Iterable[int]]
 """Yields the number of images of each batch, at least ``images`` and the warm-up in all."""
 
 
-def batches_of(shards: Path, batch: int, view: View = VIEW) -> TrainBatches:
-    """Our training set over a folder of shards."""
-    index = open_source(str(shards))
-    stream = Stream([Order(index.shard_sizes.tolist(), seed=0)], seed=0)
+def batches_of(index: Index, batch: int, view: View = VIEW, num_lanes: int = 64) -> TrainBatches:
+    """Our training set."""
+    stream = Stream([Order(index.shard_sizes.tolist(), seed=0, num_lanes=num_lanes)], seed=0)
     return TrainBatches([index], stream, view, Pixels(IMAGENET_MEAN, IMAGENET_STD), 0, batch, batch)
 
 
@@ -77,7 +82,7 @@ def ours(shards: Path, view: View = VIEW) -> Contender:
     """Batches as the trainer reads them, uint8; they are normalised on the device."""
 
     def read(setting: Setting) -> Iterator[int]:
-        loaded = iterate(batches_of(shards, setting.batch, view), range(10**9), setting.cores)
+        loaded = iterate(batches_of(open_source(str(shards)), setting.batch, view), range(10**9), setting.cores)
         return (len(batch["index"]) for batch, _ in loaded)
 
     return read
@@ -108,8 +113,7 @@ def official(setting: Setting) -> Iterator[int]:
 
 def webdataset(setting: Setting) -> Iterator[int]:
     """The pipeline of webdataset's documentation."""
-    import webdataset as wds
-
+    wds: Any = importlib.import_module("webdataset")  # it names its parts for no type checker
     urls = [str(path) for path in sorted(setting.shards.glob("*.tar"))]
     dataset = (
         wds.WebDataset(urls, shardshuffle=len(urls), seed=0, empty_check=False)
@@ -245,7 +249,7 @@ def contenders(setting: Setting, scratch: Path) -> dict[str, Contender]:
 
 def first_batch(setting: Setting, step: int) -> float:
     """Seconds until an untouched loader has the batch of a step."""
-    batches = batches_of(setting.shards, setting.batch)
+    batches = batches_of(open_source(str(setting.shards)), setting.batch)
     start = time.perf_counter()
     batches[step]
     return time.perf_counter() - start
@@ -266,6 +270,79 @@ def late_step(setting: Setting) -> dict[str, float]:
         times = [(seconds(0), seconds(100_000)) for _ in range(7)]
         found[name] = statistics.median(late for _, late in times) / statistics.median(first for first, _ in times)
     return found
+
+
+class SlowServer(SimpleHTTPRequestHandler):
+    """Files and ranges of them, each answer late; the bytes sent are counted."""
+
+    late = 0.05
+    sent: Any = None
+
+    def do_GET(self) -> None:
+        """One file, or ``Range: bytes=FIRST-[LAST]`` of it."""
+        time.sleep(self.late)
+        path = Path(self.translate_path(self.path))
+        if not path.is_file():
+            self.send_error(404)
+            return
+        size, asked = path.stat().st_size, re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        first, last = (int(asked[1]), int(asked[2] or size - 1)) if asked else (0, size - 1)
+        content = path.read_bytes()[first : last + 1]
+        self.send_response(206 if asked else 200)
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(len(content)))
+        if asked:
+            self.send_header("Content-Range", f"bytes {first}-{first + len(content) - 1}/{size}")
+        self.end_headers()
+        self.wfile.write(content)
+        with self.sent.get_lock():
+            self.sent.value += len(content)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing."""
+
+
+def serve(folder: Path, sent: Any, port: Any) -> None:
+    """Serve a folder until this process is ended."""
+    SlowServer.sent = sent
+    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(SlowServer, directory=str(folder))) as server:
+        port.value = server.server_address[1]
+        server.serve_forever()
+
+
+def epoch_speed(index: Index, setting: Setting) -> float:
+    """Images a second of one epoch, after the first shard of each lane; as many lanes as cores."""
+    batches = batches_of(index, setting.batch, num_lanes=setting.cores)
+    images, start, skipped = 0, 0.0, setting.cores * int(index.shard_sizes.max())
+    for batch, _ in iterate(batches, range(batches.stream.epoch_size // setting.batch), setting.cores):
+        images += len(batch["index"])
+        if not start and images >= skipped:
+            start, skipped = time.perf_counter(), images
+    return (images - skipped) / (time.perf_counter() - start)
+
+
+def remote(setting: Setting, scratch: Path, rounds: int) -> dict[str, float]:
+    """Ours from a server 50 ms away over ours from the disk, in turns; the bytes moved an epoch over the shards'."""
+    context = multiprocessing.get_context("spawn")
+    sent, port = context.Value("q", 0), context.Value("i", 0)
+    server = context.Process(target=serve, args=(setting.shards, sent, port), daemon=True)
+    server.start()
+    try:
+        while not port.value:
+            time.sleep(0.05)
+        found = []
+        for number in range(rounds):
+            local = epoch_speed(open_source(str(setting.shards)), setting)
+            before = sent.value
+            index = open_source(f"http://127.0.0.1:{port.value}", cache=scratch / f"cache{number}")
+            found.append((epoch_speed(index, setting), local, sent.value - before))
+            print("round {}: remote {:.0f} images/s, local {:.0f}, {} bytes".format(number + 1, *found[-1]), flush=True)
+    finally:
+        server.terminate()
+        server.join()
+    speed, local, moved = (statistics.median(column) for column in zip(*found, strict=True))
+    size = sum(path.stat().st_size for path in setting.shards.glob("*.tar"))
+    return {"remote": speed, "local": local, "ratio": speed / local, "bytes_over_shards": moved / size}
 
 
 def grow(setting: Setting, epochs: int) -> list[dict[str, float]]:
@@ -321,6 +398,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--images", type=int, default=2000, help="images of a round")
     parser.add_argument("--epochs", type=int, default=0, help="only the memory of ours, over so many epochs")
+    parser.add_argument("--remote", action="store_true", help="only ours over HTTP, 50 ms away, beside the local disk")
     parser.add_argument("--out", type=Path, help="a JSON file")
     return parser.parse_args([f"--{word}" if re.match(r"\w+=", word) else word for word in words])
 
@@ -334,6 +412,9 @@ def main() -> None:
         facts: dict[str, Any] = {"cores": setting.cores, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
         if options.epochs:
             facts["epochs"] = grow(setting, options.epochs)
+        elif options.remote:
+            facts["remote"] = remote(setting, Path(folder), options.rounds)
+            print("remote / local {ratio:.2f}; bytes moved / shards {bytes_over_shards:.3f}".format(**facts["remote"]))
         else:
             facts["rows"] = compare(setting, Path(folder), options)
             facts["late_step"] = late_step(setting)
