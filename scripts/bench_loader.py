@@ -9,7 +9,7 @@
 Contenders: (a) ours end to end, shards to stacked batches; (b) the official MAE loader's way: a folder of files, PIL,
 torchvision's transforms to normalised floats, DataLoader; (c) webdataset's pipeline over the same shards, decoded by
 PIL, the same transforms; (d) decoding and cropping alone in one thread a core: the limit; (e) ours over shards packed
-with resize=384; ours with the 2 + 10 crops of iBOT, decoded once.
+with resize=384; ours with the 2 + 10 crops of iBOT, decoded once; litdata and mosaicml-streaming if installed.
 Every image is one RandomResizedCrop of 224 px (scale 0.2 to 1, bicubic) and a flip, drawn anew by each contender.
 
 Rounds are interleaved; a row has the median and range of the rounds. CPU time stands beside images/s because it hardly
@@ -22,6 +22,8 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import importlib.util
+import io
 import json
 import multiprocessing
 import os
@@ -40,6 +42,9 @@ from typing import Any, NamedTuple
 
 import psutil
 import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, RandomSampler
 
 from ssl_vit.data.decode import BadSample, decode
 from ssl_vit.data.formats import EXTENSIONS, extension_of
@@ -102,7 +107,6 @@ def float_transform() -> Any:
 
 def official(setting: Setting) -> Iterator[int]:
     """ImageFolder and DataLoader, endless, so that starting workers does not count."""
-    from torch.utils.data import DataLoader, RandomSampler
     from torchvision.datasets import ImageFolder
 
     dataset = ImageFolder(str(setting.files), float_transform())
@@ -128,9 +132,66 @@ def webdataset(setting: Setting) -> Iterator[int]:
     return (len(images) for (images,) in loader)
 
 
+def litdata(setting: Setting) -> Iterator[int]:
+    """litdata's chunks of image files, decoded by PIL."""
+    lit: Any = importlib.import_module("litdata")
+    folder = setting.files.parent / "litdata"
+    if not folder.exists():
+        # fork: it would set another way of starting processes for all contenders
+        lit.optimize(
+            file_item, image_files(setting), str(folder), chunk_bytes="16MB", num_workers=1, start_method="fork"
+        )
+    dataset = lit.StreamingDataset(str(folder), shuffle=True, drop_last=True, transform=OfficialItem())
+    return endless(lit.StreamingDataLoader(dataset, batch_size=setting.batch, num_workers=setting.cores))
+
+
+def mosaic(setting: Setting) -> Iterator[int]:
+    """mosaicml-streaming's MDS shards of image files, decoded by PIL."""
+    streaming: Any = importlib.import_module("streaming")
+    folder, view = setting.files.parent / "mosaic", OfficialItem()
+    if not folder.exists():
+        with streaming.MDSWriter(out=str(folder), columns={"image": "bytes"}, size_limit="16mb") as writer:
+            for path in image_files(setting):
+                writer.write(file_item(path))
+
+    class Views(streaming.StreamingDataset):
+        def __getitem__(self, at: Any) -> Any:
+            return view(super().__getitem__(at))
+
+    dataset = Views(local=str(folder), shuffle=True, batch_size=setting.batch)
+    return endless(DataLoader(dataset, setting.batch, num_workers=setting.cores))
+
+
+def image_files(setting: Setting) -> list[str]:
+    """Paths of all images."""
+    return sorted(str(path) for path in setting.files.rglob("*") if path.is_file())
+
+
+def file_item(path: str) -> dict[str, bytes]:
+    """What peers store of an image: its file, as it is."""
+    return {"image": Path(path).read_bytes()}
+
+
+class OfficialItem:
+    """A stored file as the official loader's tensor."""
+
+    def __init__(self) -> None:
+        self.transform = float_transform()
+
+    def __call__(self, item: dict[str, bytes]) -> Tensor:
+        """One view."""
+        return self.transform(Image.open(io.BytesIO(item["image"])).convert("RGB"))
+
+
+def endless(loader: Iterable[Tensor]) -> Iterator[int]:
+    """Epoch after epoch."""
+    while True:
+        yield from map(len, loader)
+
+
 def limit(setting: Setting) -> Iterator[int]:
     """Batches of images that are decoded and cropped, and nothing else, by one thread a core."""
-    files = [path.read_bytes() for path in sorted(setting.files.rglob("*")) if path.is_file()]
+    files = [Path(path).read_bytes() for path in image_files(setting)]
 
     def crop(start: int) -> int:
         for i in range(start, start + setting.batch):
@@ -238,6 +299,9 @@ def contenders(setting: Setting, scratch: Path) -> dict[str, Contender]:
         "(c) webdataset, PIL": webdataset,
         LIMIT: limit,
     }
+    for name, module, peer in (("litdata", "litdata", litdata), ("mosaicml-streaming", "streaming", mosaic)):
+        if importlib.util.find_spec(module):
+            found[f"{name}, PIL"] = peer
     if "resize" in PackOptions.model_fields:
         pack(str(setting.files), scratch / "small", maxcount=1000, resize=384)
         found["(e) ours, packed with resize=384"] = ours(scratch / "small")
