@@ -27,8 +27,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ssl_vit.config import InputError, check, to_yaml
+from ssl_vit.data.cropping import resize
 from ssl_vit.data.masking import block_mask
-from ssl_vit.data.views import BlockMaskedPair, resize, seed_generators
+from ssl_vit.data.views import BlockMaskedPair, seed_generators
 from ssl_vit.encoders.base import create_encoder
 from ssl_vit.encoders.beit import BEiT as BEiTEncoder
 from ssl_vit.encoders.relative_positions import resized_table

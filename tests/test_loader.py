@@ -17,6 +17,7 @@ from torchvision.transforms import RandomResizedCrop
 from ssl_vit.config import InputError
 from ssl_vit.data import loader
 from ssl_vit.data.bad_samples import BadReport, BadSamples
+from ssl_vit.data.cropping import random_box
 from ssl_vit.data.decode import decode
 from ssl_vit.data.index import Index
 from ssl_vit.data.loader import VIEW_SEED, Pixels, TrainBatches, iterate
@@ -26,7 +27,7 @@ from ssl_vit.data.order import Order, Stream, derive_seed
 from ssl_vit.data.pack import pack
 from ssl_vit.data.reader import Reader, ReadError
 from ssl_vit.data.sources import open_source
-from ssl_vit.data.views import CentreView, CropView, MaskedView, random_box, seed_generators
+from ssl_vit.data.views import CentreView, CropView, MaskedView, seed_generators
 
 PIXELS = Pixels((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
 VIEW = MaskedView((16, 16), (0.3, 1.0), (0.75, 1.33), 0.5, "bicubic", grid_size=(4, 4), mask_ratio=0.75)

@@ -9,15 +9,14 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
+from ssl_vit.data.cropping import centre, random_box, resize
 from ssl_vit.data.masking import block_mask, random_mask, unit_mask
 
 
@@ -31,18 +30,6 @@ def seed_generators(seed: int) -> None:
     torch.default_generator.manual_seed(seed & 0x7FFFFFFFFFFFFFFF)
 
 
-def resize(image: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
-    """Antialiased resize of a uint8 (C, H, W) image to (C, *size), bilinear, bicubic or lanczos."""
-    if tuple(image.shape[-2:]) == size:
-        return image
-    if interpolation == "lanczos":  # Pillow has the filter that BEiT was made with
-        planes = [
-            Image.fromarray(plane).resize((size[1], size[0]), Image.Resampling.LANCZOS) for plane in image.numpy()
-        ]
-        return torch.from_numpy(np.stack([np.asarray(plane) for plane in planes]))
-    return F.interpolate(image[None], size, mode=interpolation, antialias=True, align_corners=False)[0]
-
-
 def to_pil(image: Tensor) -> Image.Image:
     """uint8 (3, H, W) or (1, H, W) as a picture."""
     return Image.fromarray(image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).contiguous().numpy())
@@ -52,33 +39,6 @@ def from_pil(picture: Image.Image) -> Tensor:
     """A picture as uint8 (3, H, W) or (1, H, W)."""
     pixels = torch.from_numpy(np.array(picture))
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
-
-
-def random_box(
-    height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
-) -> tuple[int, int, int, int]:
-    """Top, left, height and width of torchvision's random resized crop: its draws, with half as many small tensors.
-
-    All of them cost a tenth of the whole sample, because decoding has just emptied the processor's caches.
-    """
-    draw, log_ratio = torch.empty(1), _logarithms(ratio)
-    for _ in range(10):
-        area = height * width * draw.uniform_(scale[0], scale[1]).item()
-        aspect = draw.uniform_(*log_ratio).exp_().item()
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < w <= width and 0 < h <= height:
-            top = int(torch.randint(0, height - h + 1, (1,)).item())
-            return top, int(torch.randint(0, width - w + 1, (1,)).item()), h, w
-    # none of ten fits: the middle, as large as the ratio allows
-    w = min(width, round(height * ratio[1]))
-    h = min(height, round(width / ratio[0]))
-    return (height - h) // 2, (width - w) // 2, h, w
-
-
-@lru_cache
-def _logarithms(values: tuple[float, ...]) -> list[float]:
-    """In float32, as torchvision has them."""
-    return torch.log(torch.tensor(values)).tolist()
 
 
 @dataclass(frozen=True)
@@ -253,12 +213,7 @@ class CentreView:
         # of a strip only the middle: whole, a line of pixels would be enlarged to gigabytes
         height = min(height, math.ceil(16 * target_height / scale))
         width = min(width, math.ceil(16 * target_width / scale))
-        image = _centre(image, height, width)
+        image = centre(image, height, width)
         size = (max(round(height * scale), target_height), max(round(width * scale), target_width))
-        image = _centre(resize(image, size, self.interpolation), target_height, target_width)
+        image = centre(resize(image, size, self.interpolation), target_height, target_width)
         return {"image": image, "label": torch.tensor(sample["label"])}
-
-
-def _centre(image: Tensor, height: int, width: int) -> Tensor:
-    top, left = (image.shape[-2] - height) // 2, (image.shape[-1] - width) // 2
-    return image[:, top : top + height, left : left + width]

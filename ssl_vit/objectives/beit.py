@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssl_vit.data.cropping import resize
 from ssl_vit.data.masking import block_mask
-from ssl_vit.data.views import BlockMaskedPair, resize
+from ssl_vit.data.views import BlockMaskedPair
 from ssl_vit.encoders.base import Encoder
 from ssl_vit.encoders.beit import BEiT as BEiTEncoder
 from ssl_vit.modules.initialisation import initialise_beit, scale_residuals
