@@ -122,6 +122,14 @@ def test_broken_exif_does_not_raise(junk):
         assert decode(data).shape == (3, 40, 60)
 
 
+def test_only_the_exif_segment_turns_an_image():
+    """B36: wherever it stands among the others."""
+    quarter = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
+    assert decode(saved(picture(), "JPEG", comment=quarter)).shape == (3, 40, 60)
+    data, comment = saved(picture(), "JPEG", exif=quarter), b"\xff\xfe" + struct.pack(">H", 60_000) + bytes(59_998)
+    assert decode(data).shape == decode(data[:2] + 2 * comment + data[2:]).shape == (3, 60, 40)
+
+
 @pytest.mark.parametrize(("mode", "background"), [("RGBA", (255, 255, 255)), ("LA", (10, 20, 30)), ("P", (0, 255, 0))])
 def test_transparency_is_composited_quietly(mode, background, recwarn):
     """B34."""

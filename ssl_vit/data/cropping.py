@@ -31,7 +31,7 @@ def random_box(
 
     All of them cost a tenth of the whole sample, because decoding has just emptied the processor's caches.
     """
-    draw, log_ratio = torch.empty(1), _logarithms(ratio)
+    draw, log_ratio = torch.empty(1), _logarithms(tuple(ratio))
     for _ in range(10):
         area = height * width * draw.uniform_(scale[0], scale[1]).item()
         aspect = draw.uniform_(*log_ratio).exp_().item()
