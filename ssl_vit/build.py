@@ -15,6 +15,7 @@ import torch
 from ssl_vit.config import InputError, plain
 from ssl_vit.data.loader import IMAGENET_MEAN, IMAGENET_STD, Pixels
 from ssl_vit.data.order import Stream
+from ssl_vit.data.reading_plan import local_ranks
 from ssl_vit.encoders.base import Encoder, create_encoder
 from ssl_vit.encoders.weights import encoder_config, fill_encoder, fill_objective
 from ssl_vit.evaluation.base import Evaluation, Subset
@@ -160,5 +161,4 @@ def loader_workers(run: RunSection) -> int:
     """Loader processes a device: as the recipe says, else the cores of this process shared by those of this machine."""
     if run.workers is not None:
         return run.workers
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(len(os.sched_getaffinity(0)) // local, MOST_WORKERS))
+    return max(1, min(len(os.sched_getaffinity(0)) // local_ranks(), MOST_WORKERS))

@@ -227,6 +227,9 @@ def _door(
 
 def _start(start: Callable[[Any, Arguments], None], recipe: Any, arguments: Arguments) -> None:
     from ssl_vit import distributed
+    from ssl_vit.data.remote import ReadError
+    from ssl_vit.data.workers import LoaderFailed
+    from ssl_vit.training.run_folder import RunFolder
     from ssl_vit.training.signals import Preempted
 
     try:
@@ -234,6 +237,10 @@ def _start(start: Callable[[Any, Arguments], None], recipe: Any, arguments: Argu
         distributed.barrier()  # a process that leaves early takes down those that still talk to it
     except Preempted as stop:
         _preempted(recipe.run.dir, stop)
+    except (ReadError, LoaderFailed) as error:
+        # outside the training loop there is nothing new to save
+        step = RunFolder(recipe.run.dir).read_status().get("step", 0)
+        _preempted(recipe.run.dir, Preempted(step, None, str(error), together=False, kept="what was saved before"))
     finally:
         distributed.shutdown()
 

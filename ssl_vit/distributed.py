@@ -55,6 +55,14 @@ def all_max(value: Tensor) -> Tensor:
     return largest
 
 
+def all_texts(text: str) -> list[str]:
+    """What every process says, in their order."""
+    texts = [text] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(texts, text)
+    return texts
+
+
 def gather_interleaved(part: Tensor, total: int) -> Tensor:
     """Put back together what was dealt out as item ``i`` to process ``i mod R``.
 

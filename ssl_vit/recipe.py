@@ -30,8 +30,8 @@ class DataSection(Section):
     """What is trained on and judged on, and how bytes become numbers.
 
     Args:
-        train: training images: folder of shards, range or glob of tars, folder:PATH, hf:NAME,
-            builtin:digits-train; a list mixes several
+        train: training images: folder of shards, range or glob of tars, URL of a folder or range (http, https, s3,
+            gs, hf), folder:PATH, hf:NAME, builtin:digits-train; a list mixes several
         weights: shares of several sources; default: their sizes
         val: labelled images that evaluations score; without it only label-free measures
         probe: labelled images that evaluations train on; default: train if it has val's classes, else 80 % of
@@ -51,7 +51,9 @@ class DataSection(Section):
         bad_samples: an image that does not decode: replace, count and name it, or stop
         max_bad_fraction: stop when more than this share of the samples is bad
         max_pixels: larger images are bad samples
-        cache: folder for packed sources; default $SSL_VIT_CACHE or ~/.cache/ssl_vit
+        limit: train on so many images of each source only: of each class its share, at even distances
+        cache: folder for packed sources and remote shards; default $SSL_VIT_CACHE or ~/.cache/ssl_vit
+        cache_size: GB that remote shards may take there; default: all of them; 0: none, a request for each image
     """
 
     train: Sources | None = None
@@ -71,7 +73,9 @@ class DataSection(Section):
     bad_samples: Literal["skip", "stop"] = "skip"
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
     max_pixels: int = Field(default=178_956_970, ge=1)
+    limit: int | None = Field(default=None, ge=1)
     cache: str | None = None
+    cache_size: float | None = Field(default=None, ge=0)
 
 
 class RunSection(Section):
@@ -80,6 +84,7 @@ class RunSection(Section):
     Args:
         dir: folder of the run
         workers: loader processes a device; default: the cores of this process, at most 16
+        stall_timeout: seconds without a batch after which the run prints what its workers do, saves and stops
         micro_batch_size: images a device and forward pass; default: batch_size / devices
         eval_batch_size: images a device and forward pass in evaluations
         log_every: steps between two lines in metrics.jsonl
@@ -95,6 +100,7 @@ class RunSection(Section):
 
     dir: str = "runs/default"
     workers: int | None = Field(default=None, ge=0)
+    stall_timeout: float = Field(default=1800, gt=0)
     micro_batch_size: int | None = Field(default=None, ge=1)
     eval_batch_size: int = Field(default=256, ge=1)
     log_every: int = Field(default=20, ge=1)

@@ -16,6 +16,7 @@ from ssl_vit import build, distributed, splits
 from ssl_vit.config import plain, to_yaml
 from ssl_vit.data.bad_samples import BadSamples
 from ssl_vit.data.loader import Pixels, TrainBatches
+from ssl_vit.data.reading_plan import ReadingPlan, local_ranks, view_bytes
 from ssl_vit.encoders.base import Encoder
 from ssl_vit.evaluation.base import Evaluation, Subject
 from ssl_vit.recipe import EvaluationRecipe, Recipe, micro_batch
@@ -59,12 +60,17 @@ def run(recipe: Recipe, resume: str = "auto") -> None:
         build.open_targets(objective, recipe, sets, stream)
         plan = Plan(recipe.optim, stream.epoch_size, micro, launch.num_ranks)
         plan.check()
+        workers = build.loader_workers(recipe.run)
+        views = objective.views(objective.encoder.img_size)
+        ranks = launch.num_ranks, local_ranks()
+        size = view_bytes(views, pixels.in_chans)
+        reading = ReadingPlan(sets.train, stream, recipe.optim.batch_size, micro, *ranks, workers, size)
+        reading.check()
         evaluations = build.build_evaluations(recipe.evals, sets.val is not None, sets.probe)
         folder.lock()
         saved = folder.restore(resume, objective, sets.fingerprint)
         state: dict[str, Any] = saved.state if saved else {"data": sets.fingerprint}
         start_step = saved.step if saved else 0
-        workers = build.loader_workers(recipe.run)
 
         # processes, device, precision
         accelerator = launch.open(precision, recipe.run.deterministic, deepspeed)
@@ -73,7 +79,7 @@ def run(recipe: Recipe, resume: str = "auto") -> None:
             folder.open(recipe, {**launch.facts(), "micro_batch_size": micro, "workers": workers})
             folder.log_to_file()
             folder.status("running", start_step)
-        announce(recipe, plan, sets, accelerator, launch, start_step, workers, objective.level_c)
+        announce(recipe, plan, reading, sets, accelerator, launch, start_step, objective.level_c)
         if recipe.run.compile:
             compile_blocks(objective)
         strategy = KINDS[launch.kind](accelerator, objective, recipe.optim, plan.accumulation)
@@ -89,8 +95,9 @@ def run(recipe: Recipe, resume: str = "auto") -> None:
         bad = BadSamples(folder.path / "bad_samples.jsonl", recipe.data.max_bad_fraction)
         subject = subject_of(recipe, encoder, strategy.wrapped, pixels, sets, accelerator.device, workers, log, bad)
         subject.pause_point = lambda: stop.check(accelerator.device)
+        subject.on_no_data = stop.no_data
         batches = TrainBatches(
-            sets.train, stream, objective.views(encoder.img_size), pixels, recipe.seed, recipe.optim.batch_size, micro,
+            sets.train, stream, views, pixels, recipe.seed, recipe.optim.batch_size, micro,
             accelerator.process_index, accelerator.num_processes, recipe.data.bad_samples,
         )  # fmt: skip
         skips = Skips(
@@ -110,7 +117,7 @@ def run(recipe: Recipe, resume: str = "auto") -> None:
             evaluate=evaluate_when_due(recipe, evaluations, plan, subject, log),
             on_bad=bad, stop=stop, skips=skips, start_step=start_step, evaluated=state.get("evaluated", False),
             save_due=plan.ends(recipe.run.save_every), keep_best=recipe.run.keep_best, log_every=recipe.run.log_every,
-            workers=workers, state=state,
+            workers=workers, stall_timeout=recipe.run.stall_timeout, state=state,
             on_samples=sample_log(folder.path / "samples", batches, start_step) if recipe.run.log_samples else None,
         )  # fmt: skip
         stop.waits = True
@@ -158,6 +165,7 @@ def evaluate(recipe: EvaluationRecipe, resume: str = "auto") -> None:
         bad = BadSamples(folder.path / "bad_samples.jsonl", 1.0)
         subject = subject_of(recipe, encoder, objective, pixels, sets, accelerator.device, workers, log, bad)
         subject.pause_point = lambda: stop.check(accelerator.device)
+        subject.on_no_data = stop.no_data
         stop.waits = True
         try:
             results = measure(subject, evaluations)
@@ -244,11 +252,11 @@ def measure(subject: Subject, evaluations: dict[str, Evaluation]) -> dict[str, f
 def announce(
     recipe: Recipe,
     plan: Plan,
+    reading: ReadingPlan,
     sets: splits.Sets,
     accelerator: Accelerator,
     launch: Launch,
     start_step: int,
-    workers: int,
     level_c: tuple[str, ...],
 ) -> None:
     """The lines a person checks before walking away."""
@@ -258,15 +266,16 @@ def announce(
     logger.info("versions: %s", versions)
     images = ", ".join(f"{len(index)} images in {len(index.shards)} shards" for index in sets.train)
     logger.info("data: %s; an epoch is %d", images, plan.epoch_size)
+    for line in reading.describe():
+        logger.info("%s", line)
     logger.info("evaluation: %s", sets.rule)
     logger.info(
-        "processes: %d (%s, %s) on %s, precision %s, loader workers %d a process",
+        "processes: %d (%s, %s) on %s, precision %s",
         accelerator.num_processes,
         accelerator.distributed_type.value,
         launch.name(),
         accelerator.device,
         recipe.mixed_precision,
-        workers,
     )
     logger.info("%s", plan.describe())
     loose = [key for key in level_c if _value_at(recipe, key)]

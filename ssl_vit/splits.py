@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +24,25 @@ def open_data(data: DataSection, spec: str, opened: dict[str, Index] | None = No
     """The shards of one source; ``opened`` keeps it, for a folder of many images takes long to list."""
     opened = {} if opened is None else opened
     if spec not in opened:
-        opened[spec] = open_source(spec, labels=data.labels, cache=Path(data.cache) if data.cache else None)
+        cache = Path(data.cache) if data.cache else None
+        opened[spec] = open_source(spec, labels=data.labels, cache=cache, cache_size=data.cache_size)
     return opened[spec]
+
+
+def open_train(data: DataSection, opened: dict[str, Index] | None = None) -> list[Index]:
+    """The training sources, each with ``data.limit`` images at most."""
+    return [limited(open_data(data, spec, opened), data.limit) for spec in train_specs(data)]
+
+
+def limited(index: Index, count: int | None) -> Index:
+    """At most ``count`` samples of an index: of each class its share, at even distances in the order of the shards."""
+    if count is None or count >= len(index):
+        return index
+    by_class = np.argsort(index.samples["label"], kind="stable")
+    chosen = np.sort(by_class[np.arange(count) * len(index) // count])
+    counts = np.histogram(chosen, index.starts)[0]
+    shards = [replace(shard, nsamples=int(n)) for shard, n in zip(index.shards, counts, strict=True)]
+    return Index(index.root, shards, np.array(index.samples[chosen]), index.classes, index.cache)
 
 
 def train_specs(data: DataSection) -> list[str]:
@@ -71,7 +88,7 @@ class Sets:
 
 def open_sets(data: DataSection, opened: dict[str, Index] | None = None) -> Sets:
     """Open all sources; the rule for what probes train on is the contract's (``data.probe``)."""
-    train = [open_data(data, spec, opened) for spec in train_specs(data)]
+    train = open_train(data, opened)
     if data.val is None:
         if not train:
             raise InputError("data.val: is required; give labelled images as data.val=folder:/my/labelled")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -222,7 +223,7 @@ def readme_commands() -> list[str]:
 @pytest.mark.parametrize("command", readme_commands())
 def test_documented_commands_are_real(command: str) -> None:
     """Scripts exist; pipelines accept the documented words (``--print-config`` stops before the work)."""
-    words = command.split()
+    words = shlex.split(command)
     while re.match(r"[A-Z_]+=", words[0]):
         words.pop(0)
     if words[0] == "sbatch":

@@ -22,6 +22,7 @@ class IndexOptions(Section):
 
     classes: Path | None = Field(None, description="text file with the class names, one a line, by label")
     workers: int = Field(default_factory=cores, ge=1, description="processes that read")
+    out: Path | None = Field(None, description="folder for the index of remote shards; default: the cache")
 
 
 class VerifyOptions(Section):
@@ -51,8 +52,11 @@ def index_main(argv: Sequence[str] | None = None) -> None:
     def run(words: list[str], options: IndexOptions) -> None:
         from ssl_vit.data.index import build_index
         from ssl_vit.data.mixing import advice
+        from ssl_vit.data.remote import is_url
         from ssl_vit.data.staging import unfinished
 
+        if is_url(words[0]):
+            return _index_url(words[0], options)
         folder = Path(words[0]).expanduser()
         shards = sorted(folder.glob("*.tar"))
         if not shards:
@@ -64,7 +68,24 @@ def index_main(argv: Sequence[str] | None = None) -> None:
         if index.labelled:
             say(advice(index.samples["label"], folder))
 
-    command("index.py", "Index a folder of tar shards, made by anybody.", ["SHARDS"], IndexOptions, run, argv)
+    text = "Index tar shards, made by anybody: a folder, or the URL of a folder or range of them."
+    command("index.py", text, ["SHARDS"], IndexOptions, run, argv)
+
+
+def _index_url(url: str, options: IndexOptions) -> None:
+    from tqdm import tqdm
+
+    from ssl_vit.data.remote import ReadError
+    from ssl_vit.data.remote_index import index_remote
+    from ssl_vit.data.sources import cache_folder
+
+    names = _class_names(options.classes, Path()) if options.classes else None
+    try:
+        index, folder = index_remote(url, cache_folder(), options.out, names, lambda x: tqdm(x, disable=None))
+    except ReadError as error:
+        raise InputError(str(error)) from None
+    use = f"data.train={options.out or url}"
+    say(f"{url}: indexed {len(index)} samples in {len(index.shards)} shards into {folder}; use it as {use}")
 
 
 def verify_main(argv: Sequence[str] | None = None) -> None:

@@ -7,6 +7,7 @@ sha256 and the class names; ``index.samples.npy`` beside it holds one :data:`SAM
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -17,10 +18,14 @@ from typing import Any
 import numpy as np
 
 from ssl_vit.config import InputError
+from ssl_vit.data import remote
 from ssl_vit.data.formats import printable
+from ssl_vit.data.presence import check_shards
 from ssl_vit.data.processes import cores, spread
+from ssl_vit.data.remote import is_url
+from ssl_vit.data.shard_cache import RemoteShard, ShardCache
 from ssl_vit.data.staging import unfinished
-from ssl_vit.data.tars import SAMPLE, Scan, key_of, member_name, scan_shard
+from ssl_vit.data.tars import SAMPLE, Scan, key_of, member_name, next_name, scan_shard
 
 __all__ = ["SAMPLE", "Index", "Shard", "build_index", "read_index", "write_index"]
 
@@ -42,14 +47,22 @@ class Index:
     """The samples of a list of shards, shards concatenated in their order.
 
     Args:
-        root: the folder that the shards' relative urls start from.
+        root: the folder or URL that the shards' relative urls start from.
         shards: the shards.
         samples: SAMPLE records ``(N,)``, usually memory-mapped.
         classes: class names by label, if known.
+        cache: where remote shards are kept; None: they are read by ranges.
     """
 
-    def __init__(self, root: str, shards: list[Shard], samples: np.ndarray, classes: list[str] | None) -> None:
-        self.root, self.shards, self.samples, self.classes = root, shards, samples, classes
+    def __init__(
+        self,
+        root: str,
+        shards: list[Shard],
+        samples: np.ndarray,
+        classes: list[str] | None,
+        cache: ShardCache | None = None,
+    ) -> None:
+        self.root, self.shards, self.samples, self.classes, self.cache = root, shards, samples, classes, cache
         self.shard_sizes = np.array([shard.nsamples for shard in shards], dtype=np.int64)
         self.starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
         assert len(samples) == self.starts[-1], (len(samples), self.starts[-1])
@@ -84,12 +97,35 @@ class Index:
         return int(np.searchsorted(self.starts, sample, side="right")) - 1
 
     def path(self, shard: int) -> str:
-        """The file of a shard."""
-        return os.path.join(self.root, self.shards[shard].url)
+        """The file or URL of a shard."""
+        url = self.shards[shard].url
+        if is_url(self.root) and not is_url(url):
+            return f"{self.root}/{url}"
+        return url if is_url(url) else os.path.join(self.root, url)
+
+    def remote(self, shard: int) -> RemoteShard | None:
+        """What a cache knows a shard by; None for a local one."""
+        path = self.path(shard)
+        return RemoteShard(path, self.shards[shard].filesize, self.shards[shard].sha256) if is_url(path) else None
+
+    def remote_bytes(self, shard: RemoteShard, offset: int, size: int) -> bytes:
+        """Bytes of a remote shard.
+
+        Raises:
+            ReadError: they cannot be had.
+        """
+        if self.cache is None:
+            return remote.read(shard.url, offset, offset + size, shard.filesize)
+        return self.cache.read(shard, offset, size)
 
     def key(self, sample: int) -> str:
-        """A sample's key, read from its tar header: keys are needed for messages only."""
-        name = member_name(Path(self.path(self.shard_of(sample))), int(self.samples["header"][sample]))
+        """A sample's key, read from its tar header: keys are needed for messages and rules only."""
+        header, image, _, _ = self.samples[sample].item()
+        shard = self.shard_of(sample)
+        if (remote_shard := self.remote(shard)) is not None:
+            name = next_name(io.BytesIO(self.remote_bytes(remote_shard, header, image - header)))
+        else:
+            name = member_name(Path(self.path(shard)), header)
         return printable(key_of(name))
 
     def describe(self, sample: int) -> str:
@@ -103,17 +139,22 @@ class Index:
     def subset(self, shards: Sequence[int]) -> Index:
         """The index of some of the shards, in the given order."""
         parts = [self.samples[self.starts[i] : self.starts[i + 1]] for i in shards]
-        return Index(self.root, [self.shards[i] for i in shards], np.concatenate(parts), self.classes)
+        return Index(self.root, [self.shards[i] for i in shards], np.concatenate(parts), self.classes, self.cache)
 
 
-def read_index(folder: str | os.PathLike[str]) -> Index:
+def read_index(folder: str | os.PathLike[str], root: str | None = None, cache: ShardCache | None = None) -> Index:
     """Read the index of a folder and check that every shard is there, with the right size.
+
+    Args:
+        folder: where the index lies.
+        root: the URL of the shards, where that is another place.
+        cache: for remote shards.
 
     Raises:
         InputError: the index or a shard is missing, unreadable, or they do not belong together.
     """
     folder = Path(folder)
-    cure = f"make it anew: python pipelines/index.py {folder}"
+    cure = f"make it anew: python pipelines/index.py {root or folder}"
     try:
         content = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         shards = [Shard(s["url"], s["nsamples"], s["filesize"], s.get("sha256", "")) for s in content["shardlist"]]
@@ -124,8 +165,9 @@ def read_index(folder: str | os.PathLike[str]) -> Index:
         raise InputError(f"{folder / INDEX}: cannot be read ({error}); {cure}") from None
     if samples.dtype != SAMPLE or len(samples) != sum(shard.nsamples for shard in shards):
         raise InputError(f"{folder / TABLE}: does not belong to {INDEX} beside it; {cure}")
-    _check_shards(folder, shards, cure)
-    return Index(str(folder), shards, samples, content.get("classes"))
+    index = Index(root or str(folder), shards, samples, content.get("classes"), cache)
+    check_shards(index, folder, cure)
+    return index
 
 
 def known_classes(folder: Path) -> list[str] | None:
@@ -134,32 +176,6 @@ def known_classes(folder: Path) -> list[str] | None:
         return json.loads((folder / INDEX).read_text(encoding="utf-8")).get("classes")
     except (OSError, ValueError, AttributeError):
         return None
-
-
-def _check_shards(folder: Path, shards: list[Shard], cure: str) -> None:
-    missing, changed = [], []
-    for shard in shards:
-        try:
-            size = os.stat(folder / shard.url).st_size
-        except OSError:
-            missing.append(shard.url)
-            continue
-        if size != shard.filesize:
-            changed.append(f"{shard.url} has {size} bytes instead of {shard.filesize}")
-    unknown = {path.name for path in folder.glob("*.tar")} - {shard.url for shard in shards}
-    if missing:
-        raise InputError(
-            f"{folder}: {_some(missing)} of {len(shards)} shards in {INDEX} missing; copy them there, or {cure}"
-        )
-    if changed:
-        raise InputError(f"{folder}: {_some(changed)}; copy the shard again, or if it is right, {cure}")
-    # An index in the cache lists shards elsewhere by absolute path; tars beside an index are its shards.
-    if unknown:
-        raise InputError(f"{folder}: {_some(sorted(unknown))} not in {INDEX}; {cure}")
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def write_index(folder: Path, shards: list[Shard], samples: np.ndarray, classes: list[str] | None) -> None:

@@ -6,23 +6,25 @@ workers nor prefetching can change what a step sees.
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, MutableSequence, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import Dataset, default_collate
 
 from ssl_vit.config import InputError
+from ssl_vit.data.ahead import Ahead
 from ssl_vit.data.bad_samples import BadReport
 from ssl_vit.data.decode import BadSample, decode
 from ssl_vit.data.index import Index
 from ssl_vit.data.order import Stream, derive_seed, rank_positions, replacement_positions
 from ssl_vit.data.reader import Reader
 from ssl_vit.data.views import seed_generators
+from ssl_vit.data.workers import STALL, WatchedBatches
 
 View = Callable[[dict[str, Any]], dict[str, Tensor]]
 Batch = dict[str, Tensor]
@@ -30,7 +32,6 @@ Batch = dict[str, Tensor]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NORMALISED = ("image", "global_views", "local_views")
 VIEW_SEED, STEP_SEED = 1, 2
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 @dataclass(frozen=True)
@@ -92,9 +93,12 @@ class TrainBatches(Dataset):
     num_ranks: int = 1
     on_bad: str = "skip"
     readers: list[Reader] = field(init=False)
+    reading: MutableSequence[int] = field(init=False, default_factory=lambda: [0, -1])
 
     def __post_init__(self) -> None:
         self.readers = [Reader(index) for index in self.indexes]
+        self.ahead: Ahead | None = None
+        self.looks_ahead = any(index.cache and index.remote(0) for index in self.indexes)
         self.accumulation = self.batch_size // self.num_ranks // self.micro_batch_size
         assert self.accumulation * self.micro_batch_size * self.num_ranks == self.batch_size
 
@@ -104,10 +108,22 @@ class TrainBatches(Dataset):
         mine = rank_positions(step, self.rank, self.num_ranks, self.batch_size, self.stream.num_lanes)
         return [int(p) for p in mine[micro * self.micro_batch_size : (micro + 1) * self.micro_batch_size]]
 
+    def lanes(self) -> list[int]:
+        """The lanes that this process reads."""
+        num_lanes = self.stream.num_lanes
+        if num_lanes % self.num_ranks or self.batch_size % num_lanes or self.stream.repeats > 1:
+            return list(range(num_lanes))
+        mine = rank_positions(0, self.rank, self.num_ranks, self.batch_size, num_lanes)
+        return sorted({int(position) % num_lanes for position in mine})
+
     def names(self, positions: Iterable[int]) -> list[str]:
         """What people call the samples at some positions."""
         found = (self.stream.locate(position) for position in positions)
-        return [self.indexes[source].describe(sample) for source, sample in found]
+        return [self.name(source, sample) for source, sample in found]
+
+    def name(self, source: int, sample: int) -> str:
+        """What people call a sample."""
+        return self.indexes[source].describe(sample)
 
     def names_of_step(self, step: int) -> list[str]:
         """The samples of the whole global batch of a step, counted from 1."""
@@ -116,7 +132,12 @@ class TrainBatches(Dataset):
     def __getitem__(self, item: int) -> tuple[Batch, list[BadReport]]:
         """Read, decode and view one micro-batch."""
         reports: list[BadReport] = []
-        views = [self._view_at(position, reports) for position in self.positions(item)]
+        positions = self.positions(item)
+        if self.looks_ahead:
+            if self.ahead is None or self.ahead.process != os.getpid():
+                self.ahead = Ahead(self.indexes, self.stream, self.lanes())
+            self.ahead.reached(positions[0])
+        views = [self._view_at(position, reports) for position in positions]
         return default_collate(views), reports
 
     def _view_at(self, position: int, reports: list[BadReport]) -> dict[str, Tensor]:
@@ -133,10 +154,11 @@ class TrainBatches(Dataset):
     def _good_image(self, position: int, reports: list[BadReport]) -> tuple[Tensor, int]:
         for candidate in (position, *replacement_positions(position, self.batch_size)):
             source, sample = self.stream.locate(candidate)
+            self.reading[0], self.reading[1] = source, sample
             try:
                 return _load(self.indexes[source], self.readers[source], sample, self.pixels)
             except BadSample as error:
-                name = self.indexes[source].describe(sample)
+                name = self.name(source, sample)
                 if self.on_bad == "stop":
                     raise InputError(f"{name}: {error}; data.bad_samples=skip replaces such samples") from None
                 if candidate == position:
@@ -167,6 +189,11 @@ class EvalBatches(Dataset):
 
     def __post_init__(self) -> None:
         self.reader = Reader(self.index)
+        self.reading: MutableSequence[int] = [0, -1]
+
+    def name(self, source: int, sample: int) -> str:
+        """What people call a sample."""
+        return self.index.describe(sample)
 
     def __len__(self) -> int:
         return -(-len(self.samples) // self.batch_size)
@@ -177,6 +204,7 @@ class EvalBatches(Dataset):
         start = item * self.batch_size
         for place in range(start, min(start + self.batch_size, len(self.samples))):
             sample = int(self.samples[place])
+            self.reading[1] = sample
             try:
                 image, label = _load(self.index, self.reader, sample, self.pixels)
             except BadSample as error:
@@ -196,31 +224,15 @@ def _load(index: Index, reader: Reader, sample: int, pixels: Pixels) -> tuple[Te
 
 
 def iterate(
-    batches: TrainBatches | EvalBatches, items: Sequence[int], workers: int, pin_memory: bool = False
+    batches: TrainBatches | EvalBatches,
+    items: Sequence[int],
+    workers: int,
+    pin_memory: bool = False,
+    stall_timeout: float = STALL,
 ) -> Iterator[tuple[Batch, list[BadReport]]]:
-    """Batches ``items`` in order, read ahead by ``workers`` processes (0: in this process)."""
-    loader = DataLoader(
-        batches,
-        batch_size=None,
-        sampler=items,  # pyright: ignore[reportArgumentType]
-        num_workers=min(workers, len(items)),
-        pin_memory=pin_memory,
-        worker_init_fn=_start_worker if workers else None,
-        prefetch_factor=4 if workers and len(items) else None,
-        # an own generator: the loader's base seed must not be drawn from the generator of the training step
-        generator=torch.Generator(),
-    )
-    # a signal to the whole group must not find a worker that does not ignore it yet
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
-    try:
-        return iter(loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    """Batches ``items`` in order, read ahead by ``workers`` processes (0: in this process).
 
-
-def _start_worker(worker: int) -> None:
-    """One thread a worker; stopping is the main process's to handle."""
-    torch.set_num_threads(1)
-    for number in STOPPING:
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+    Raises:
+        LoaderFailed: on reading, see :class:`~ssl_vit.data.workers.WatchedBatches`.
+    """
+    return WatchedBatches(batches, items, workers, pin_memory, stall_timeout)

@@ -118,6 +118,17 @@ class Order(_Cached):
         at = (lane * self.lane_length + mixed + offset) % self.num_samples
         return at + shifts[bisect_right(ends, at)]
 
+    def shard_starts(self, epoch: int, lane: int, start: int, stop: int) -> list[int]:
+        """A sample of each shard that the places ``start`` to ``stop`` of a lane are read from, in reading order."""
+        offset, ends, shifts = self._cached_line(epoch)
+        found, at, left = [], (lane * self.lane_length + start + offset) % self.num_samples, stop - start
+        while left > 0:
+            number = bisect_right(ends, at)
+            found.append(at + shifts[number])
+            left -= ends[number] - at
+            at = ends[number] % self.num_samples
+        return found
+
 
 class Stream(_Cached):
     """The endless stream of training positions over one or several sources.

@@ -1,16 +1,16 @@
-"""From a sample's place to its bytes."""
+"""From a sample's place to its bytes, on a local disk or a remote server."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 from ssl_vit.data.index import Index
+from ssl_vit.data.remote import ReadError
 
-
-class ReadError(OSError):
-    """Bytes that could not be read. Never the sample's fault: a run retries and stops, it does not skip."""
+__all__ = ["ReadError", "Reader"]
 
 
 class _File:
@@ -19,13 +19,13 @@ class _File:
     def __init__(self, path: str) -> None:
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # os is gone when the interpreter ends
         if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
+            close(self.descriptor)
 
 
 class Reader:
-    """Reads images out of local shards, each with one ``pread`` at the indexed offset.
+    """Reads images out of shards: of local and cached ones with one ``pread`` at the indexed offset.
 
     Safe in threads and after a fork (a read moves no file position); travels to a worker without its open files.
 
@@ -51,8 +51,11 @@ class Reader:
             ReadError: naming the shard and the key.
         """
         index = self.index
-        path = index.path(index.shard_of(sample))
+        shard = index.shard_of(sample)
         _, offset, size, _ = index.samples[sample].item()
+        if (remote := index.remote(shard)) is not None:
+            return index.remote_bytes(remote, offset, size)
+        path = index.path(shard)
         try:
             # held until the read is done: it closes with its last reference, and the cache may drop it at any time
             file = self._open(path)

@@ -16,6 +16,9 @@ from ssl_vit.data.formats import say
 from ssl_vit.data.images import open_images
 from ssl_vit.data.index import INDEX, Index, build_index, read_index
 from ssl_vit.data.pack import PackOptions, pack_images
+from ssl_vit.data.remote import is_url
+from ssl_vit.data.remote_index import expand, open_remote
+from ssl_vit.data.shard_cache import ShardCache
 from ssl_vit.data.staging import unfinished
 
 PACKED = ("folder", "list", "hf", "builtin")
@@ -27,28 +30,33 @@ def cache_folder() -> Path:
     return Path(os.environ.get("SSL_VIT_CACHE") or Path.home() / ".cache" / "ssl_vit")
 
 
-def open_source(spec: str, labels: str = "auto", cache: Path | None = None) -> Index:
+def open_source(spec: str, labels: str = "auto", cache: Path | None = None, cache_size: float | None = None) -> Index:
     """The index of a source.
 
     Args:
-        spec: a folder of shards, a brace range or glob of tars; or ``folder:PATH``, ``list:FILE``, ``hf:NAME[:SPLIT]``,
-            ``builtin:digits[-train|-test]``, which are packed into the cache when they are new or have changed.
+        spec: a folder of shards, a brace range or glob of tars, or the URL of one of them; or ``folder:PATH``,
+            ``list:FILE``, ``hf:NAME[:SPLIT]``, ``builtin:digits[-train|-test]``, which are packed into the cache when
+            they are new or have changed.
         labels: ``"auto"``, or ``"none"`` to leave classes out when packing.
         cache: instead of :func:`cache_folder`.
+        cache_size: GB that remote shards may take there; None: what the disk has; 0: they are read by ranges.
 
     Raises:
         InputError: the source cannot be read; the message says what to write instead.
+        ReadError: a server does not answer.
     """
     cache = cache or cache_folder()
+    limit = None if cache_size is None else round(cache_size * 1e9)
+    shards = None if limit == 0 else ShardCache(cache / "shards", limit)
+    if is_url(spec):
+        return open_remote(spec, cache, shards)
     kind, colon, _ = spec.partition(":")
     if colon and kind in PACKED:
         return _packed(spec, labels, cache)
-    if re.match(r"[A-Za-z][\w+.-]*://", spec):
-        raise InputError(f"{spec}: remote shards are not supported yet; copy them to a local folder and give that")
     if kind == "pipe" and colon:
-        raise InputError(f"{spec}: shell pipes are refused, recipes should not run programs; give a folder of shards")
+        raise InputError(f"{spec}: recipes run no programs, so pipes are refused; give a folder of shards or a URL")
     if colon and re.fullmatch(r"[a-z]+", kind) and not os.path.exists(spec):
-        raise InputError(f"{spec}: unknown kind{nearest(kind, PACKED)}; allowed: a path, or {', '.join(PACKED)}")
+        raise InputError(f"{spec}: unknown kind{nearest(kind, PACKED)}; allowed: a path, URL, or {', '.join(PACKED)}")
     if any(character in spec for character in "{*?[") and not os.path.exists(spec):
         return _index_of_files(_expand(spec), cache)
     path = Path(spec).expanduser()
@@ -57,7 +65,7 @@ def open_source(spec: str, labels: str = "auto", cache: Path | None = None) -> I
     if not path.is_dir():
         missing = f"{spec}: no such folder; give a folder of shards, or folder:PATH for a folder of images"
         raise InputError(unfinished(path) or missing)
-    return _index_of_folder(path, cache)
+    return _index_of_folder(path, cache, shards)
 
 
 def _packed(spec: str, labels: str, cache: Path) -> Index:
@@ -80,15 +88,15 @@ def _packed(spec: str, labels: str, cache: Path) -> Index:
     return read_index(folder)
 
 
-def _index_of_folder(folder: Path, cache: Path) -> Index:
+def _index_of_folder(folder: Path, cache: Path, shards: ShardCache | None) -> Index:
     if (folder / INDEX).exists():
-        return read_index(folder)
-    shards = sorted(folder.glob("*.tar"))
-    if not shards:
+        return read_index(folder, cache=shards)
+    files = sorted(folder.glob("*.tar"))
+    if not files:
         raise InputError(f"{folder}: no shards (*.tar) in it; for a folder of images write folder:{folder}")
     if os.access(folder, os.W_OK):
-        return _built(shards, folder)
-    return _index_of_files(shards, cache)
+        return _built(files, folder)
+    return _index_of_files(files, cache)
 
 
 def _index_of_files(files: Sequence[Path], cache: Path) -> Index:
@@ -115,12 +123,7 @@ def _built(files: Sequence[Path], folder: Path) -> Index:
 
 def _expand(spec: str) -> list[Path]:
     """The files of a brace range or glob, missing ones of a range named."""
-    from braceexpand import UnbalancedBracesError, braceexpand  # pyright: ignore[reportAttributeAccessIssue]
-
-    try:
-        words = list(braceexpand(os.path.expanduser(spec)))
-    except UnbalancedBracesError:
-        raise InputError(f"{spec}: a brace is not closed; write e.g. shard-{{000000..000099}}.tar") from None
+    words = expand(os.path.expanduser(spec))
     files: list[Path] = []
     missing: list[str] = []
     for word in words:

@@ -219,9 +219,12 @@ def member_name(path: Path, header: int) -> str:
     """The name of the member whose header stands at a byte offset, long names included."""
     with path.open("rb") as file:
         file.seek(header)
-        info = tarfile.TarFile(fileobj=file).next()
-        assert info is not None, (path, header)
-        return info.name
+        return next_name(file)
+
+
+def next_name(file: BinaryIO) -> str:
+    """The name of the member whose header stands where a file is read next."""
+    return next(iter(tarfile.TarFile(fileobj=file))).name
 
 
 def source_path(file: BinaryIO) -> str:

@@ -14,6 +14,7 @@ from ssl_vit.config import InputError
 from ssl_vit.data.bad_samples import BadReport
 from ssl_vit.data.index import Index
 from ssl_vit.data.loader import Pixels
+from ssl_vit.data.workers import LoaderFailed
 from ssl_vit.encoders.base import Tokens
 
 
@@ -74,6 +75,10 @@ def split_by_key(subset: Subset, share: float) -> tuple[Subset, Subset]:
     return Subset(subset.index, subset.samples[~second]), Subset(subset.index, subset.samples[second])
 
 
+def _no_data(reason: str) -> None:
+    raise LoaderFailed(reason)
+
+
 @dataclass
 class Subject:
     """What is being judged, with features that are extracted once and shared by all evaluations of a step.
@@ -93,6 +98,7 @@ class Subject:
         step: optimizer steps done.
         picture: called with a name and a uint8 (H, W, 3) picture.
         on_bad: called with the samples that did not decode.
+        on_no_data: called with the reason when samples cannot be read; asks for a stop at the next pause, or raises.
         pause_point: called by every process between batches and evaluations; may raise to leave them.
         kept: by the id of a set, the samples of it that decode.
     """
@@ -111,6 +117,7 @@ class Subject:
     step: int = 0
     picture: Callable[[str, np.ndarray], None] = lambda name, image: None
     on_bad: Callable[[list[BadReport]], None] = lambda reports: None
+    on_no_data: Callable[[str], None] = _no_data
     pause_point: Callable[[], None] = lambda: None
     kept: dict[int, np.ndarray] = field(default_factory=dict)
     _features: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,8 +10,10 @@ from torch import Tensor
 
 from ssl_vit import distributed
 from ssl_vit.config import InputError
-from ssl_vit.data.loader import EvalBatches, View, iterate
+from ssl_vit.data.bad_samples import BadReport
+from ssl_vit.data.loader import Batch, EvalBatches, View, iterate
 from ssl_vit.data.views import CentreView
+from ssl_vit.data.workers import LoaderFailed
 
 if TYPE_CHECKING:
     from ssl_vit.evaluation.base import Subject, Subset
@@ -52,8 +54,7 @@ def outputs(
     view = view or CentreView(subject.img_size, subject.pixels.crop_pct, subject.pixels.interpolation)
     mine = subset.samples[rank::size]
     batches = EvalBatches(subset.index, mine, view, subject.pixels, subject.batch_size, seed)
-    longest = -(-len(subset.samples) // size)
-    calls = max(-(-longest // subject.batch_size), 1)
+    calls = max(-(-len(subset.samples) // (size * subject.batch_size)), 1)
     blank, first_bad = _blank(subject), ""
     found = torch.zeros(0, device=subject.device)
     labels = torch.full((len(mine),), -1, device=subject.device)
@@ -63,7 +64,7 @@ def outputs(
     loader = iterate(batches, range(len(batches)), subject.workers)
     for _ in range(calls):
         subject.pause_point()
-        batch, reports = next(loader, ({}, []))
+        batch, reports = _next(subject, loader)
         if reports:
             subject.on_bad(reports)
             first_bad = first_bad or f"; the first: {reports[0].name}: {reports[0].reason}"
@@ -75,6 +76,7 @@ def outputs(
             found[moved["index"]] = values
             labels[moved["index"]] = moved["label"]
             good[moved["index"]] = True
+    subject.pause_point()
     subject.objective.train(was_training)
     total = len(subset.samples)
     everything = distributed.gather_interleaved(found, total)
@@ -84,6 +86,15 @@ def outputs(
     _check_finite(subset, everything, kept)
     subject.kept[id(subset)] = subset.samples[kept.cpu().numpy()]
     return everything[kept], distributed.gather_interleaved(labels, total)[kept]
+
+
+def _next(subject: Subject, loader: Iterator[tuple[Batch, list[BadReport]]]) -> tuple[Batch, list[BadReport]]:
+    """The next batch, or an empty one: a process without data must not leave the others before their next pause."""
+    try:
+        return next(loader, ({}, []))
+    except LoaderFailed as error:
+        subject.on_no_data(str(error))
+        return {}, []
 
 
 def _check_finite(subset: Subset, found: Tensor, good: Tensor) -> None:

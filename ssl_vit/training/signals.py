@@ -18,6 +18,8 @@ LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
 """What accelerate's and torch's launchers leave in the environment of the processes they start."""
 ONE_REQUEST = 2.0
 """Seconds in which further signals are the same request: a launcher hands on what the whole group got already."""
+NO_DATA = 1000
+"""Beside signal numbers: the next batch cannot be had."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -44,7 +46,7 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """Notes the first signal inside a ``with`` block; a later one ends the process at once.
+    """Notes the first signal, or that there is no data, inside a ``with`` block; a later one ends the process at once.
 
     Outside the training loop (``waits`` is False) there is nothing to save: the first signal raises
     :class:`Preempted` where it arrives, e.g. in packing. A launcher that dies takes nothing along: its children get
@@ -52,7 +54,7 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
-        self.number, self.waits, self.step = 0, False, 0
+        self.number, self.waits, self.step, self.reason = 0, False, 0, ""
         self._since = 0.0
 
     def __enter__(self) -> StopRequest:
@@ -68,12 +70,17 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.number:
-            if time.monotonic() - self._since > ONE_REQUEST:
+            if self._since and time.monotonic() - self._since > ONE_REQUEST:
                 os._exit(128 + number)
+            self._since = self._since or time.monotonic()  # the first one, of a run that stops for want of data
             return
         self.number, self._since = number, time.monotonic()
         if not self.waits:
             raise Preempted(self.step, self.step or None, self.name(), together=False)
+
+    def no_data(self, reason: str) -> None:
+        """Ask for a stop because this process cannot get its next batch."""
+        self.number, self.reason = NO_DATA, reason
 
     def check(self, device: torch.device) -> None:
         """Called by all processes at the same places of an evaluation.
@@ -87,7 +94,9 @@ class StopRequest:
             raise Interrupted
 
     def name(self) -> str:
-        """The signal's name."""
+        """The signal's name, or why there is no data; called by all processes that stop together."""
+        if self.number == NO_DATA:
+            return next(filter(None, distributed.all_texts(self.reason)))
         return signal.Signals(self.number).name if self.number else "stopped"
 
 
@@ -95,11 +104,11 @@ class Flags:
     """What all processes agree on after each step, fetched without waiting for the device: on a GPU a step later.
 
     Args:
-        device: of the training.
+        device: of the training; ``delay`` is by how many steps.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        self.device, self.delay = device, 1 if device.type == "cuda" else 0
         self._pending: list[tuple[int, torch.Tensor, torch.cuda.Event | None]] = []
 
     def put(self, step: int, signal_number: int, skipped: torch.Tensor) -> None:
@@ -116,7 +125,7 @@ class Flags:
 
     def get(self, wait: bool) -> list[tuple[int, int, bool]]:
         """(step, signal number, skipped) of each step that is known; with ``wait`` of all."""
-        keep = 1 if self.device.type == "cuda" and not wait else 0
+        keep = 0 if wait else self.delay
         ready, self._pending = self._pending[: len(self._pending) - keep], self._pending[len(self._pending) - keep :]
         found = []
         for step, values, event in ready:

@@ -16,6 +16,7 @@ from ssl_vit.data.bad_samples import BadReport
 from ssl_vit.data.loader import STEP_SEED, Batch, Pixels, TrainBatches, iterate
 from ssl_vit.data.order import derive_seed
 from ssl_vit.data.views import seed_generators
+from ssl_vit.data.workers import STALL
 from ssl_vit.training.checkpoint import Checkpoints
 from ssl_vit.training.metrics import MetricsLog
 from ssl_vit.training.optim import set_schedule
@@ -23,6 +24,7 @@ from ssl_vit.training.plan import Plan
 from ssl_vit.training.signals import Flags, Interrupted, Preempted, StopRequest
 from ssl_vit.training.skips import Diverged, Skips
 from ssl_vit.training.strategies import Strategy
+from ssl_vit.training.supply import Supply
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +54,7 @@ class Trainer:
         keep_best: name of a measured number; the checkpoint with its highest value is saved and kept.
         log_every: steps between log lines.
         workers: loader processes.
+        stall_timeout: seconds without a batch after which the run saves and stops.
         on_samples: called with each step and the positions that this process trains on.
         state: saved with each checkpoint.
     """
@@ -73,6 +76,7 @@ class Trainer:
     keep_best: str | None = None
     log_every: int = 20
     workers: int = 2
+    stall_timeout: float = STALL
     on_samples: Callable[[int, list[int]], None] | None = None
     state: dict[str, Any] = field(default_factory=dict)
 
@@ -80,7 +84,7 @@ class Trainer:
         """Run all steps that are left, and save the last.
 
         Raises:
-            Preempted: a signal asked for it; a checkpoint of the last step is there.
+            Preempted: a signal asked for it, or a process has no data; a checkpoint of the last step is there.
             FloatingPointError: losses or gradients were not finite again after going back to a checkpoint.
         """
         self.device, self.objective = self.strategy.device, self.strategy.objective
@@ -102,9 +106,13 @@ class Trainer:
 
     def _steps(self, start: int) -> None:
         plan, total = self.plan, self.plan.total_steps
-        loader = self._loader(start)
+        supply = Supply(self._loader(start), plan.accumulation, ahead=1 + self.flags.delay)
         self.strategy.wrapped.train()
-        window_start, waited, window_steps = time.perf_counter(), 0.0, 0
+        window_start, window_steps = time.perf_counter(), 0
+        waited = self._fetch(supply)
+        self.flags.put(start, self.stop.number, torch.zeros((), device=self.device))
+        if self._stop_asked(wait=True):
+            self._preempt(start)
 
         for step in range(start, total):
             # generators: drop path and mixup draw from them, whatever came before
@@ -117,10 +125,8 @@ class Trainer:
 
             # micro-batches: forward and backward
             losses, metrics = [], {}
-            for micro in range(plan.accumulation):
-                waiting = time.perf_counter()
-                batch = self._next(loader, step)
-                waited += time.perf_counter() - waiting
+            for micro, (batch, reports) in enumerate(supply.take()):
+                batch = self._on_device(batch, reports, step)
                 with self.strategy.micro_step(last=micro == plan.accumulation - 1):
                     loss, metrics = self.strategy.wrapped(batch, call="loss")
                     losses.append(loss.detach().float())
@@ -132,6 +138,7 @@ class Trainer:
 
             # log
             done, window_steps = step + 1, window_steps + 1
+            waited += self._fetch(supply)
             self.flags.put(done, self.stop.number, skipped)
             if done % self.log_every == 0 or done == total:
                 elapsed = time.perf_counter() - window_start
@@ -215,10 +222,17 @@ class Trainer:
     def _loader(self, start: int) -> Iterator[tuple[Batch, list[BadReport]]]:
         accumulation = self.plan.accumulation
         items = range(start * accumulation, self.plan.total_steps * accumulation)
-        return iterate(self.batches, items, self.workers, pin_memory=self.device.type == "cuda")
+        return iterate(self.batches, items, self.workers, self.device.type == "cuda", self.stall_timeout)
 
-    def _next(self, loader: Iterator[tuple[Batch, list[BadReport]]], step: int) -> Batch:
-        batch, reports = next(loader)
+    def _fetch(self, supply: Supply) -> float:
+        """Fetch the next batches, or ask all processes to stop; the seconds it took."""
+        start = time.perf_counter()
+        supply.fetch()
+        if supply.failure:
+            self.stop.no_data(supply.failure)
+        return time.perf_counter() - start
+
+    def _on_device(self, batch: Batch, reports: list[BadReport], step: int) -> Batch:
         if reports:
             self.on_bad(reports, (step + 1) * self.plan.optim.batch_size)
         if self.on_samples is not None:

@@ -1,0 +1,70 @@
+"""Whether the shards of an index are there, as long as it says: looked at before the first step, all of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ssl_vit.config import InputError
+from ssl_vit.data import remote
+from ssl_vit.data.remote import ReadError, Refused, is_url
+
+if TYPE_CHECKING:
+    from ssl_vit.data.index import Index
+
+
+def check_shards(index: Index, folder: Path, cure: str) -> None:
+    """Compare every shard's length with its index, and the tars beside an index with its list.
+
+    Args:
+        index: of local or remote shards.
+        folder: where the index lies.
+        cure: what to do about an index that is wrong.
+
+    Raises:
+        InputError: shards are missing, have changed, or are not in the index.
+        ReadError: a server does not answer.
+    """
+    missing, refused, changed = [], [], []
+    numbers = range(len(index.shards))
+    remotes = [number for number in numbers if is_url(index.path(number))]
+    # one process of a run asks for all
+    asked = remotes if os.environ.get("RANK", "0") == "0" else []
+    found = dict(zip(asked, remote.sizes([index.path(number) for number in asked]), strict=True))
+    for number in sorted({*numbers} - {*remotes} | {*asked}):
+        shard = index.shards[number]
+        size = found[number] if number in found else _local_size(index.path(number))
+        if isinstance(size, Refused):
+            refused.append(str(size))
+        elif isinstance(size, ReadError):
+            raise size
+        elif size is None and number not in found:
+            missing.append(shard.url)
+        elif size is not None and size != shard.filesize:
+            changed.append(f"{index.path(number)} has {size} bytes instead of {shard.filesize}")
+    count = f"of {len(index.shards)} shards in the index"
+    if missing:
+        raise InputError(f"{index.root}: {_some(missing)} {count} missing; copy them there, or {cure}")
+    if refused:
+        raise InputError(f"{len(refused)} {count} cannot be read: {_some(refused)}; upload them, or {cure}")
+    if changed:
+        raise InputError(
+            f"{len(changed)} {count} differ from it: {_some(changed)}; copy them again, or if they are right, {cure}"
+        )
+    # an index in the cache lists shards elsewhere by absolute path; tars beside an index are its shards
+    unknown = {path.name for path in folder.glob("*.tar")} - {shard.url for shard in index.shards}
+    if unknown:
+        raise InputError(f"{folder}: {_some(sorted(unknown))} not in index.json; {cure}")
+
+
+def _local_size(path: str) -> int | None:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return None
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
