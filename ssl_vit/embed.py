@@ -27,7 +27,7 @@ from ssl_vit.encoders.base import number_of
 from ssl_vit.modules.pools import OWN, check_pools, side_by_side
 from ssl_vit.modules.target_cache import state_hash
 from ssl_vit.objectives.base import Objective
-from ssl_vit.recipe import EmbeddingRecipe
+from ssl_vit.recipe import EmbeddingRecipe, completer
 from ssl_vit.training.checkpoint import sync_write
 from ssl_vit.training.environment import library_versions
 from ssl_vit.training.launch import Launch
@@ -53,7 +53,7 @@ def embed(recipe: EmbeddingRecipe, resume: str = "auto") -> None:
         folder = RunFolder(recipe.run.dir)
         pixels = build.resolve_pixels(recipe.data, recipe.encoder)
         precision = build.resolve_precision(recipe)
-        folder.check_resume(plain(recipe), resume)
+        folder.check_resume(plain(recipe), resume, completer(recipe))
         if folder.finished():
             logger.info("run.dir=%s: these features are finished; nothing to do", folder.path)
             return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field
@@ -14,6 +14,7 @@ from ssl_vit.config import (
     Section,
     check,
     import_part,
+    plain,
     signature_section,
 )
 from ssl_vit.training.optim import OptimSection
@@ -295,6 +296,18 @@ def check_recipe(recipe: RecipeT) -> RecipeT:
     if recipe.data.std is not None and min(recipe.data.std) <= 0:
         raise InputError(f"data.std={recipe.data.std}: should be above 0")
     return recipe
+
+
+def completer(recipe: AnyRecipe) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """A function that gives a saved recipe of this kind the keys that came later, at their defaults."""
+
+    def complete(saved: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return plain(check_recipe(check(type(recipe), saved)))
+        except InputError:  # it has keys that are gone: the comparison names them
+            return saved
+
+    return complete
 
 
 def _above_zero(key: str, period: Duration | None) -> None:

@@ -19,7 +19,7 @@ from ssl_vit.data.loader import Pixels, TrainBatches
 from ssl_vit.data.reading_plan import ReadingPlan, local_ranks, view_bytes
 from ssl_vit.encoders.base import Encoder
 from ssl_vit.evaluation.base import Evaluation, Subject
-from ssl_vit.recipe import EvaluationRecipe, Recipe, micro_batch
+from ssl_vit.recipe import EvaluationRecipe, Recipe, completer, micro_batch
 from ssl_vit.report import finish, measurement, report
 from ssl_vit.training.checkpoint import Checkpoints, read_checkpoint
 from ssl_vit.training.environment import library_versions
@@ -49,7 +49,7 @@ def run(recipe: Recipe, resume: str = "auto") -> None:
         splits.resolve_classes(recipe, opened := {})
         deepspeed = launch.deepspeed_config(precision, recipe.optim, micro) if launch.kind == "zero" else None
         folder = RunFolder(recipe.run.dir)
-        folder.check_resume(plain(recipe), resume)
+        folder.check_resume(plain(recipe), resume, completer(recipe))
         if folder.finished():
             logger.info("run.dir=%s: this run is finished; nothing to do", folder.path)
             return report(folder)
@@ -144,7 +144,7 @@ def evaluate(recipe: EvaluationRecipe, resume: str = "auto") -> None:
         folder = RunFolder(recipe.run.dir)
         pixels = build.resolve_pixels(recipe.data, recipe.encoder)
         precision = build.resolve_precision(recipe)
-        folder.check_resume(plain(recipe), resume)
+        folder.check_resume(plain(recipe), resume, completer(recipe))
         if folder.finished():
             logger.info("run.dir=%s: this evaluation is finished; nothing to do", folder.path)
             return report(folder)

@@ -9,7 +9,7 @@ from typing import Any
 
 from ssl_vit import distributed, splits
 from ssl_vit.config import InputError, plain
-from ssl_vit.recipe import EvaluationRecipe, SetSection, TransferRecipe, check_recipe
+from ssl_vit.recipe import EvaluationRecipe, SetSection, TransferRecipe, check_recipe, completer
 from ssl_vit.run import evaluate
 from ssl_vit.training.checkpoint import sync_write
 from ssl_vit.training.run_folder import RunFolder
@@ -32,7 +32,7 @@ def transfer(recipe: TransferRecipe, resume: str = "auto") -> None:
         InputError: a set is not at hand and ``missing`` is stop, or none is.
     """
     folder = RunFolder(recipe.run.dir)
-    folder.check_resume(plain(recipe), resume)
+    folder.check_resume(plain(recipe), resume, completer(recipe))
     absent = {row.name: reason for row in recipe.sets if (reason := _why_absent(recipe, row))}
     if absent and (recipe.missing == "stop" or len(absent) == len(recipe.sets)):
         first = next(iter(absent))

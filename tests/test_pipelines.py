@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, in_process, run_python, tiny_recipe
+from omegaconf import OmegaConf
 
 from ssl_vit.config import to_yaml
 
@@ -160,6 +161,23 @@ def test_a_refused_start_leaves_a_run_alone(trained: Path) -> None:
     assert done.returncode == 2
     assert "another recipe" in done.stderr
     assert status(trained) == before
+
+
+def test_a_run_of_an_earlier_version_goes_on(trained: Path, images: Path) -> None:
+    """Keys that its recipe does not have yet count as their defaults, and only those."""
+    file = trained / "recipe.yaml"
+    text = file.read_text()
+    saved = OmegaConf.load(file)
+    del saved.data.limit, saved.objective.flip, saved.encoder.drop_path_rate
+    OmegaConf.save(saved, file)
+    words = [f"data.train=folder:{images}", f"data.val=folder:{images}", f"run.dir={trained}", *TINY_WORDS]
+    try:
+        assert in_process("pipelines/pretrain_mae.py", *words).returncode == 0
+        refused = in_process("pipelines/pretrain_mae.py", *words, "data.limit=20")
+        assert refused.returncode == 2
+        assert "data.limit (there None, now 20)" in refused.stderr
+    finally:
+        file.write_text(text)
 
 
 def test_a_crash_is_recorded(images: Path, tmp_path: Path) -> None:

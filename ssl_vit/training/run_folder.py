@@ -8,6 +8,7 @@ import logging
 import os
 import platform
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from ssl_vit.training.checkpoint import Checkpoints, Saved, read_checkpoint, syn
 from ssl_vit.training.environment import FORMATTER, environment, timestamp
 
 logger = logging.getLogger(__name__)
+
+Complete = Callable[[dict[str, Any]], dict[str, Any]]
 
 LOCK = ".lock"
 _HELD: dict[Path, Any] = {}
@@ -64,12 +67,13 @@ class RunFolder:
         file.flush()
         _HELD[self.path.resolve()] = file
 
-    def check_resume(self, recipe: dict[str, Any], resume: str) -> None:
+    def check_resume(self, recipe: dict[str, Any], resume: str, complete: Complete) -> None:
         """Whether this recipe may start or go on in this folder; nothing is written.
 
         Args:
             recipe: the complete recipe as plain values.
             resume: ``"auto"``, ``"never"`` or the path of a checkpoint.
+            complete: gives a recipe that an earlier version saved the keys that came later, at their defaults.
 
         Raises:
             InputError: the folder holds another run, or something that is no run.
@@ -84,7 +88,7 @@ class RunFolder:
                 raise InputError(
                     f"--resume {resume}: no such folder; allowed: auto, never, RUN/checkpoints/step_XXXXXXXX"
                 )
-            self._compare(folder.parents[1] / "recipe.yaml", recipe, f"--resume {resume}")
+            self._compare(folder.parents[1] / "recipe.yaml", recipe, f"--resume {resume}", complete)
             return
         names = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else set()
         if not names - {"status.json", "train.log", LOCK}:
@@ -95,7 +99,7 @@ class RunFolder:
             raise InputError(
                 f"run.dir={self.path}: is not empty and holds no run (no recipe.yaml); give another run.dir"
             )
-        self._compare(self.path / "recipe.yaml", recipe, f"run.dir={self.path}")
+        self._compare(self.path / "recipe.yaml", recipe, f"run.dir={self.path}", complete)
 
     def restore(self, resume: str, objective: nn.Module, fingerprint: list[str]) -> Saved | None:
         """Fill an objective from the checkpoint to go on from: the newest whole one, or the one that was named.
@@ -116,12 +120,13 @@ class RunFolder:
         return saved
 
     @staticmethod
-    def _compare(saved: Path, recipe: dict[str, Any], where: str) -> None:
+    def _compare(saved: Path, recipe: dict[str, Any], where: str, complete: Complete) -> None:
         if not saved.is_file():
             raise InputError(
                 f"{where}: there is no {saved}, so the recipes cannot be compared; start with another run.dir"
             )
-        before = _flat(OmegaConf.to_container(OmegaConf.load(saved)))
+        values: Any = OmegaConf.to_container(OmegaConf.load(saved))
+        before = _flat(complete(values))
         now = _flat(recipe)
         keys = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and not k.startswith("run."))
         if keys:
