@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ import torch
 
 from ssl_vit.config import InputError, plain
 from ssl_vit.data.loader import IMAGENET_MEAN, IMAGENET_STD, Pixels
-from ssl_vit.data.order import Stream
-from ssl_vit.data.reading_plan import local_ranks
+from ssl_vit.data.order import Stream, derive_seed
+from ssl_vit.data.reading_plan import cores_of_a_process
 from ssl_vit.encoders.base import Encoder, create_encoder
 from ssl_vit.encoders.weights import encoder_config, fill_encoder, fill_objective
 from ssl_vit.evaluation.base import Evaluation, Subset
@@ -65,6 +65,9 @@ def build_objective(recipe: Recipe) -> Objective:
     torch.manual_seed(recipe.seed)
     encoder = build_encoder(recipe.encoder)
     arguments = {key: value for key, value in recipe.objective.items() if key not in ("name", "init")}
+    if recipe.encoder.get("init"):
+        # drawn from the same numbers as the head that an encoder was trained with, an untrained head already classifies
+        torch.manual_seed(derive_seed(recipe.seed, zlib.crc32(recipe.objective["name"].encode())))
     cls = objective_class(recipe)
     for key in set(FILLED[1:]) & set(inspect.signature(cls).parameters):
         if (numbers := getattr(recipe.data, key)) is not None:
@@ -161,4 +164,4 @@ def loader_workers(run: RunSection) -> int:
     """Loader processes a device: as the recipe says, else the cores of this process shared by those of this machine."""
     if run.workers is not None:
         return run.workers
-    return max(1, min(len(os.sched_getaffinity(0)) // local_ranks(), MOST_WORKERS))
+    return min(cores_of_a_process(), MOST_WORKERS)

@@ -15,9 +15,13 @@ from test_finetune import FAMILIES
 from test_trainer import train
 from torch.nn import functional as F
 
+from ssl_vit.build import build_objective
+from ssl_vit.config import check
 from ssl_vit.data.augment import AugmentSection, SupervisedView
 from ssl_vit.encoders.base import create_encoder
+from ssl_vit.export.timm_folder import export_timm
 from ssl_vit.objectives.probe import Probe
+from ssl_vit.recipe import Recipe, check_recipe
 from ssl_vit.training.optim import OptimSection, build_optimizer, set_schedule
 
 
@@ -202,3 +206,21 @@ def test_the_door(images: Path, tmp_path: Path) -> None:
     done = in_process("pipelines/knn.py", "--config", "configs/linear_probe/mae_in1k.yaml", *words)
     assert done.returncode == 2
     assert "takes no objective: it only measures" in done.stderr
+
+
+def test_an_untrained_probe_is_not_the_head_that_the_encoder_was_trained_with(images: Path, tmp_path: Path) -> None:
+    """With the same seed, and so the same numbers, it would classify what it has not learned."""
+    values = tiny_recipe(images, tmp_path, objective={"name": "classification", "num_classes": 3, "head_std": 0.01})
+    trained = build_objective(check_recipe(check(Recipe, values)))
+    half = (0.5, 0.5, 0.5)
+    export_timm(
+        trained.encoder, tmp_path / "encoder", mean=half, std=half, crop_pct=1.0, interpolation="bicubic", metadata={}
+    )
+    values["encoder"]["init"] = str(tmp_path / "encoder")
+    values["objective"] = {"name": "probe", "num_classes": 3, "head_std": 0.01, "pools": ["token"], "stages": [-1]}
+    objective = build_objective(check_recipe(check(Recipe, values)))
+    assert isinstance(objective, Probe)
+    (head,) = objective.heads.values()
+    own, first = head.classifier.weight.detach(), trained.head.weight.detach()
+    assert own.shape == first.shape
+    assert F.cosine_similarity(own.flatten(), first.flatten(), dim=0).abs() < 0.3

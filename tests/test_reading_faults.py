@@ -22,7 +22,7 @@ import torch
 from conftest import ROOT, in_process, run_python, tiny_recipe, write_images
 from test_trainer import losses, start_process, train, wait_for_step
 
-from ssl_vit.config import InputError
+from ssl_vit.config import InputError, check
 from ssl_vit.data import reading_plan
 from ssl_vit.data.decode import BadSample
 from ssl_vit.data.index import Index
@@ -30,10 +30,12 @@ from ssl_vit.data.loader import EvalBatches, Pixels, TrainBatches, iterate
 from ssl_vit.data.order import Order, Stream, steps_of
 from ssl_vit.data.pack import pack
 from ssl_vit.data.reader import Reader
-from ssl_vit.data.reading_plan import ReadingPlan, view_bytes
+from ssl_vit.data.reading_plan import ReadingPlan, view_bytes, waiting_advice
 from ssl_vit.data.sources import open_source
 from ssl_vit.data.views import CentreView, MaskedView
 from ssl_vit.data.workers import LoaderFailed
+from ssl_vit.recipe import Recipe, check_recipe
+from ssl_vit.run import run
 from ssl_vit.splits import limited
 from ssl_vit.training.optim import OptimSection
 from ssl_vit.training.plan import Plan
@@ -366,3 +368,30 @@ def test_stopped_workers_do_not_delay(four: Path) -> None:
     del loader
     assert not psutil.wait_procs(children, timeout=5)[1]
     assert time.monotonic() - start < 4
+
+
+def test_waiting_steps_say_what_would_help() -> None:
+    """3 of 4 parts of the time waiting: four times the workers."""
+    text = waiting_advice(0.75, workers=2, images_per_second=100.0, cores=16)
+    assert "2 workers give 100 images/s, the steps could take 400; run.workers=8 would keep up" in text
+    assert "cores" not in text
+    assert "but there are 4 cores: pack smaller images" in waiting_advice(0.75, 2, 100.0, cores=4)
+
+
+def test_a_slow_loader_is_told_once(images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Views that take 20 ms beside steps that take a few."""
+    values = tiny_recipe(images, tmp_path / "run", optim__epochs="8 steps", evals={})
+    values["run"] |= {"log_every": 2, "workers": 0}
+    with caplog.at_level("WARNING"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            MaskedView, "__call__", lambda self, sample, plain=MaskedView.__call__: slowly(plain, self, sample)
+        )
+        run(check_recipe(check(Recipe, values)))
+    told = [record.getMessage() for record in caplog.records if "steps wait for images" in record.getMessage()]
+    assert len(told) == 1
+    assert told[0].startswith("step 4: ")
+
+
+def slowly(function: Any, *arguments: Any) -> Any:
+    time.sleep(0.02)
+    return function(*arguments)

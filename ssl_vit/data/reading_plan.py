@@ -145,9 +145,33 @@ def view_bytes(view: Callable[[dict[str, Any]], dict[str, Tensor]], in_chans: in
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
+def waiting_advice(share: float, workers: int, images_per_second: float, cores: int) -> str:
+    """What lets the loader keep up with steps that wait for it.
+
+    Args:
+        share: of the time that the steps wait.
+        workers: loader processes of this process.
+        images_per_second: of this process.
+        cores: that this process has for its workers.
+    """
+    needed = math.ceil(max(workers, 1) / (1 - min(share, 0.99)))
+    text = (
+        f"steps wait for images {share:.0%} of the time: {workers} workers give {images_per_second:.0f} images/s, the "
+        f"steps could take {images_per_second / (1 - min(share, 0.99)):.0f}; run.workers={needed} would keep up"
+    )
+    if needed > cores:
+        text += f", but there are {cores} cores: pack smaller images (pipelines/pack.py resize=384), or use more cores"
+    return text
+
+
 def local_ranks() -> int:
     """Processes of a run on this machine, as launchers say."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def cores_of_a_process() -> int:
+    """Cores for the workers of each of the processes on this machine."""
+    return max(1, len(os.sched_getaffinity(0)) // local_ranks())
 
 
 def _gb(size: float) -> str:

@@ -15,6 +15,7 @@ from ssl_vit import distributed
 from ssl_vit.data.bad_samples import BadReport
 from ssl_vit.data.loader import STEP_SEED, Batch, Pixels, TrainBatches, iterate
 from ssl_vit.data.order import derive_seed
+from ssl_vit.data.reading_plan import cores_of_a_process, waiting_advice
 from ssl_vit.data.views import seed_generators
 from ssl_vit.data.workers import STALL
 from ssl_vit.training.checkpoint import Checkpoints
@@ -28,6 +29,8 @@ from ssl_vit.training.supply import Supply
 
 logger = logging.getLogger(__name__)
 
+MUCH_WAITING = 0.1
+"""Share of the time that steps wait for images, above which the log says what would help."""
 SETTLED = 100
 """Steps after which the numbers of a run are looked at for symptoms."""
 
@@ -88,7 +91,8 @@ class Trainer:
             FloatingPointError: losses or gradients were not finite again after going back to a checkpoint.
         """
         self.device, self.objective = self.strategy.device, self.strategy.objective
-        self.flags, self.saved, self.rolled_back, self.ill = Flags(self.device), self.start_step or None, False, 0
+        self.flags, self.saved, self.rolled_back = Flags(self.device), self.start_step or None, False
+        self.ill = self.waiting = 0
         start = self.start_step
         if not self.evaluated:
             self._evaluate(start)
@@ -250,6 +254,10 @@ class Trainer:
         if self.skips.steps:
             line["skipped"] = len(self.skips.steps)
         self.log.train(line)
+        self.waiting = self.waiting + 1 if line["data_wait"] > MUCH_WAITING else 0
+        if self.waiting == 2 and self.log.active:
+            rate, cores = line["images_per_second"] / distributed.world_size(), cores_of_a_process()
+            logger.warning("step %d: %s", done, waiting_advice(line["data_wait"], self.workers, rate, cores))
         # early numbers tell nothing yet, and one line may be chance
         symptom = self.objective.symptom(line) if done >= min(SETTLED, self.plan.total_steps / 2) else None
         self.ill = self.ill + 1 if symptom else 0
