@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -151,3 +152,6 @@ def command(
     except InputError as error:
         print(f"{name}: {error}", file=sys.stderr)
         raise SystemExit(EXIT_BAD_INPUT) from None
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted; give the same command again", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -11,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ssl_vit.config import InputError
+from ssl_vit.data.workers import begin_worker, start_workers
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -44,15 +44,11 @@ def spread(function: Callable[[Item], Result], items: Sequence[Item], workers: i
         batch_size=None,
         num_workers=workers,
         collate_fn=_unchanged,
-        worker_init_fn=_start_worker,
+        worker_init_fn=begin_worker,
         prefetch_factor=2,
         generator=torch.Generator(),  # its seed must not be drawn from anybody's stream
     )
-    noticed = signal.getsignal(signal.SIGCHLD)
-    iterator = iter(loader)
-    if signal.getsignal(signal.SIGCHLD) is not noticed:
-        # torch would raise wherever this process is when a worker dies; the missing result tells as well
-        signal.signal(signal.SIGCHLD, noticed or signal.SIG_DFL)
+    iterator = start_workers(loader)
     try:
         for result in iterator:
             if isinstance(result, InputError):
@@ -83,9 +79,3 @@ class _Calls(Dataset):
 
 def _unchanged(result: Any) -> Any:
     return result
-
-
-def _start_worker(worker: int) -> None:
-    """One thread a worker; Ctrl-C is the main process's to handle."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -105,24 +105,13 @@ class WatchedBatches(Iterator[Any]):
             sampler=items,  # pyright: ignore[reportArgumentType]
             num_workers=workers,
             pin_memory=pin_memory,
-            worker_init_fn=_start_worker if workers else None,
+            worker_init_fn=begin_worker if workers else None,
             prefetch_factor=PREFETCH if workers else None,
             timeout=min(stall_timeout, CHECK) if workers else 0,
             # an own generator: the loader's base seed must not be drawn from the generator of the training step
             generator=torch.Generator(),
         )
-        # a signal to the whole group must not find a worker that does not ignore it yet
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
-        noticed = signal.getsignal(signal.SIGCHLD)
-        try:
-            self._iterator = iter(loader)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        _open.add(self)
-        if workers and signal.getsignal(signal.SIGCHLD) is not noticed:
-            # torch would raise wherever this process is when a worker dies, also in the middle of a step; the batch
-            # that is missing tells as well
-            signal.signal(signal.SIGCHLD, noticed or signal.SIG_DFL)
+        self._iterator = start_workers(loader)
 
     @property
     def _workers(self) -> list[Any]:
@@ -213,10 +202,30 @@ def _kill(workers: Sequence[Any]) -> None:
             worker.kill()
 
 
-def _start_worker(worker: int) -> None:
+def start_workers(loader: DataLoader) -> Iterator[Any]:
+    """Start the processes of a loader whose workers begin with :func:`begin_worker`; called in the main thread."""
+    # Meanwhile only noted: a signal must not find a worker that does not ignore it yet, nor a fork, whose hooks swallow
+    # what a handler raises. A mask would not do: it holds for one thread.
+    arrived: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: arrived.append(number)) for number in STOPPING}
+    noticed = signal.getsignal(signal.SIGCHLD)
+    try:
+        iterator = iter(loader)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if signal.getsignal(signal.SIGCHLD) is not noticed:
+        # torch would raise wherever this process is when a worker dies, also in the middle of a step; the batch that
+        # is missing tells as well
+        signal.signal(signal.SIGCHLD, noticed or signal.SIG_DFL)
+    for number in arrived:
+        signal.raise_signal(number)
+    return iterator
+
+
+def begin_worker(worker: int) -> None:
     """One thread a worker; stopping is the main process's to handle."""
     torch.set_num_threads(1)
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     faulthandler.register(DUMP, file=sys.__stderr__, all_threads=True)  # pyright: ignore[reportArgumentType]
