@@ -185,14 +185,14 @@ class WatchedBatches(Iterator[Any]):
                 _kill(busy)
 
 
-_open: weakref.WeakSet[WatchedBatches] = weakref.WeakSet()
+_open: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 @atexit.register
 def _end_all() -> None:
     """Before multiprocessing waits for workers that it asked to end with a signal that they ignore."""
-    for batches in _open:
-        _kill(batches._workers)
+    for iterator in _open:
+        _kill(getattr(iterator, "_workers", []))
 
 
 def _kill(workers: Sequence[Any]) -> None:
@@ -214,6 +214,7 @@ def start_workers(loader: DataLoader) -> Iterator[Any]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    _open.add(iterator)
     if signal.getsignal(signal.SIGCHLD) is not noticed:
         # torch would raise wherever this process is when a worker dies, also in the middle of a step; the batch that
         # is missing tells as well
