@@ -242,7 +242,7 @@ def measure(subject: Subject, evaluations: dict[str, Evaluation]) -> dict[str, f
             start = time.monotonic()
             found = evaluation(subject)
             found["seconds"] = round(time.monotonic() - start, 3)
-            if distributed.rank() == 0:  # at once: the next one may take an hour
+            if distributed.is_main():  # at once: the next one may take an hour
                 text = "  ".join(f"{key} {value:.4f}" for key, value in found.items())
                 logger.info("step %d  %s: %s", subject.step, name, text)
             results |= {f"{name}/{key}": value for key, value in found.items()}

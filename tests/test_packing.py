@@ -24,6 +24,7 @@ import pytest
 import torch
 from conftest import ROOT, in_process
 from PIL import Image
+from test_pack import write
 
 from ssl_vit.config import InputError
 from ssl_vit.data import pack as pack_module
@@ -50,14 +51,6 @@ def noise(height: int, width: int, *channels: int, seed: int = 0) -> np.ndarray:
     shape = (height, width, *channels)
     ramp = np.linspace(0, 200, width)[None, :, *(None for _ in channels)]
     return (ramp + np.random.default_rng(seed).integers(0, 50, shape)).astype(np.uint8)
-
-
-def write(root: Path, files: dict[str, bytes]) -> Path:
-    for name, data in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    return root
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -17,6 +17,7 @@ from ssl_vit.config import InputError
 from ssl_vit.data.ahead import coming
 from ssl_vit.data.index import Index
 from ssl_vit.data.order import Stream
+from ssl_vit.data.processes import cores
 from ssl_vit.data.shard_cache import RemoteShard, ShardCache
 from ssl_vit.data.workers import PREFETCH
 
@@ -154,10 +155,11 @@ def waiting_advice(share: float, workers: int, images_per_second: float, cores: 
         images_per_second: of this process.
         cores: that this process has for its workers.
     """
-    needed = math.ceil(max(workers, 1) / (1 - min(share, 0.99)))
+    working = 1 - min(share, 0.99)
+    needed = math.ceil(max(workers, 1) / working)
     text = (
         f"steps wait for images {share:.0%} of the time: {workers} workers give {images_per_second:.0f} images/s, the "
-        f"steps could take {images_per_second / (1 - min(share, 0.99)):.0f}; run.workers={needed} would keep up"
+        f"steps could take {images_per_second / working:.0f}; run.workers={needed} would keep up"
     )
     if needed > cores:
         text += f", but there are {cores} cores: pack smaller images (pipelines/pack.py resize=384), or use more cores"
@@ -171,7 +173,7 @@ def local_ranks() -> int:
 
 def cores_of_a_process() -> int:
     """Cores for the workers of each of the processes on this machine."""
-    return max(1, len(os.sched_getaffinity(0)) // local_ranks())
+    return max(1, cores() // local_ranks())
 
 
 def _gb(size: float) -> str:
