@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +56,17 @@ class Index:
     """
 
     def __init__(
-        self,
-        root: str,
-        shards: list[Shard],
-        samples: np.ndarray,
-        classes: list[str] | None,
+        self, root: str, shards: list[Shard], samples: np.ndarray, classes: list[str] | None,
         cache: ShardCache | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.root, self.shards, self.samples, self.classes, self.cache = root, shards, samples, classes, cache
+        # once, not for every sample that is read
+        join = (lambda url: f"{root}/{url}") if is_url(root) else partial(os.path.join, root)
+        self._paths = [s.url if is_url(s.url) else join(s.url) for s in shards]
+        self._remotes = [
+            RemoteShard(path, s.filesize, s.sha256) if is_url(path) else None
+            for path, s in zip(self._paths, shards, strict=True)
+        ]
         self.shard_sizes = np.array([shard.nsamples for shard in shards], dtype=np.int64)
         self.starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
         assert len(samples) == self.starts[-1], (len(samples), self.starts[-1])
@@ -98,15 +102,11 @@ class Index:
 
     def path(self, shard: int) -> str:
         """The file or URL of a shard."""
-        url = self.shards[shard].url
-        if is_url(self.root) and not is_url(url):
-            return f"{self.root}/{url}"
-        return url if is_url(url) else os.path.join(self.root, url)
+        return self._paths[shard]
 
     def remote(self, shard: int) -> RemoteShard | None:
         """What a cache knows a shard by; None for a local one."""
-        path = self.path(shard)
-        return RemoteShard(path, self.shards[shard].filesize, self.shards[shard].sha256) if is_url(path) else None
+        return self._remotes[shard]
 
     def remote_bytes(self, shard: RemoteShard, offset: int, size: int) -> bytes:
         """Bytes of a remote shard.
