@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from ssl_vit.data.pack import pack
 from ssl_vit.data.reader import Reader, ReadError
 from ssl_vit.data.sources import open_source
 from ssl_vit.data.views import CentreView, CropView, MaskedView, seed_generators
+from ssl_vit.data.workers import PREFETCH
 
 PIXELS = Pixels((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
 VIEW = MaskedView((16, 16), (0.3, 1.0), (0.75, 1.33), 0.5, "bicubic", grid_size=(4, 4), mask_ratio=0.75)
@@ -93,6 +95,17 @@ def test_workers_do_not_change_batches_nor_the_callers_generators(shards: Path, 
     assert all(equal(batch, data[item][0]) for batch, item in zip(found, range(5, 11), strict=True))
 
 
+def test_a_batch_stays_as_it_was_while_workers_run_ahead(shards: Path) -> None:
+    data = batches(open_source(str(shards)), micro_batch_size=4)
+    kept = []
+    for item, (batch, _) in enumerate(iterate(data, range(4 * PREFETCH), 1)):
+        kept.append((batch, {key: value.clone() for key, value in batch.items()}))
+        if item % PREFETCH == 1:
+            time.sleep(0.2)  # the worker has made all that it may
+    assert [equal(batch, copy) for batch, copy in kept] == [True] * (4 * PREFETCH)
+    assert all(equal(batch, data[item][0]) for item, (batch, _) in enumerate(kept))
+
+
 def test_each_position_has_its_own_view(shards: Path) -> None:
     """B20: nothing repeats over epochs, repeats and seeds; the same position repeats exactly."""
     index = open_source(str(shards))
@@ -145,6 +158,11 @@ def test_bad_samples_are_replaced_from_the_same_batch_under_their_own_seed(shard
     assert torch.equal(batch["image"][untouched], reference["image"][untouched])
     parts = [batches(index, rank=rank, num_ranks=2, micro_batch_size=6)[2][0] for rank in range(2)]
     assert equal(joined(parts), joined([batch])), "the same on two processes"
+
+
+def test_a_good_sample_costs_no_look_at_the_rest_of_its_batch(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "replacement_positions", lambda *_: (pytest.fail("drew one") for _ in range(1)))
+    batches(open_source(str(shards)))[2]
 
 
 def test_policies_for_bad_samples(shards: Path, tmp_path: Path) -> None:

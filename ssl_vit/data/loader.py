@@ -9,16 +9,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, MutableSequence, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 
 from ssl_vit.config import InputError
 from ssl_vit.data.ahead import Ahead
 from ssl_vit.data.bad_samples import BadReport
+from ssl_vit.data.collating import Batch, stack
 from ssl_vit.data.decode import BadSample, decode
 from ssl_vit.data.index import Index
 from ssl_vit.data.order import Stream, derive_seed, rank_positions, replacement_positions
@@ -27,7 +29,6 @@ from ssl_vit.data.views import seed_generators
 from ssl_vit.data.workers import STALL, WatchedBatches
 
 View = Callable[[dict[str, Any]], dict[str, Tensor]]
-Batch = dict[str, Tensor]
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NORMALISED = ("image", "global_views", "local_views")
@@ -97,6 +98,7 @@ class TrainBatches(Dataset):
 
     def __post_init__(self) -> None:
         self.readers = [Reader(index) for index in self.indexes]
+        self.stack: Callable[[Sequence[Batch]], Batch] = stack
         self.ahead: Ahead | None = None
         self.looks_ahead = any(index.cache and index.remote(0) for index in self.indexes)
         self.accumulation = self.batch_size // self.num_ranks // self.micro_batch_size
@@ -138,7 +140,7 @@ class TrainBatches(Dataset):
                 self.ahead = Ahead(self.indexes, self.stream, self.lanes())
             self.ahead.reached(positions[0])
         views = [self._view_at(position, reports) for position in positions]
-        return default_collate(views), reports
+        return self.stack(views), reports
 
     def _view_at(self, position: int, reports: list[BadReport]) -> dict[str, Tensor]:
         good = len(reports)
@@ -152,7 +154,7 @@ class TrainBatches(Dataset):
         return view
 
     def _good_image(self, position: int, reports: list[BadReport]) -> tuple[Tensor, int]:
-        for candidate in (position, *replacement_positions(position, self.batch_size)):
+        for candidate in chain([position], replacement_positions(position, self.batch_size)):
             source, sample = self.stream.locate(candidate)
             self.reading[0], self.reading[1] = source, sample
             try:
@@ -190,6 +192,7 @@ class EvalBatches(Dataset):
     def __post_init__(self) -> None:
         self.reader = Reader(self.index)
         self.reading: MutableSequence[int] = [0, -1]
+        self.stack: Callable[[Sequence[Batch]], Batch] = stack
 
     def name(self, source: int, sample: int) -> str:
         """What people call a sample."""
@@ -215,7 +218,7 @@ class EvalBatches(Dataset):
             view = self.view({"image": image, "label": label})
             view["index"] = torch.tensor(place)
             views.append(view)
-        return {key: torch.stack([view[key] for view in views]) for key in (views[0] if views else ())}, reports
+        return self.stack(views), reports
 
 
 def _load(index: Index, reader: Reader, sample: int, pixels: Pixels) -> tuple[Tensor, int]:

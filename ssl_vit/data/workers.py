@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ssl_vit.config import InputError
+from ssl_vit.data.collating import Batch, SharedSlots
 from ssl_vit.data.remote import ReadError
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -47,9 +48,11 @@ class Batches(Protocol):
 
     reading: Any
     """Where a process notes the source and sample that it reads."""
+    stack: Any
+    """Makes a batch of views."""
 
-    def __getitem__(self, item: int) -> Any:
-        """A batch."""
+    def __getitem__(self, item: int) -> tuple[Batch, Any]:
+        """A batch, and what is to be said about it."""
         ...
 
     def name(self, source: int, sample: int) -> str:
@@ -66,12 +69,15 @@ class _Guarded(Dataset):
     """
 
     def __init__(self, batches: Batches, places: Any) -> None:
-        self.batches, self.places = batches, places
+        self.batches, self.places, self.begun = batches, places, False
 
     def __getitem__(self, item: int) -> Any:
         """A batch or error."""
         worker = get_worker_info()
-        if worker is not None:
+        if worker is not None and not self.begun:
+            self.begun = True
+            # a worker makes PREFETCH batches ahead of the one that this loader has copied last
+            self.batches.stack = SharedSlots(PREFETCH + 1)
             self.batches.reading = memoryview(self.places).cast("B").cast("q")[2 * worker.id : 2 * worker.id + 2]
         try:
             return self.batches[item]
@@ -112,6 +118,7 @@ class WatchedBatches(Iterator[Any]):
             generator=torch.Generator(),
         )
         self._iterator = start_workers(loader)
+        self._lent = workers > 0 and not getattr(self._iterator, "_pin_memory", False)  # pinned batches are copies
 
     @property
     def _workers(self) -> list[Any]:
@@ -119,12 +126,13 @@ class WatchedBatches(Iterator[Any]):
 
     def __next__(self) -> Any:
         """The next batch."""
-        batch = self._wait()
-        if isinstance(batch, ReadError):
-            raise LoaderFailed(str(batch))
-        if isinstance(batch, InputError):
-            raise batch
-        return batch
+        found = self._wait()
+        if isinstance(found, ReadError):
+            raise LoaderFailed(str(found))
+        if isinstance(found, InputError):
+            raise found
+        batch, reports = found
+        return {key: value.clone() for key, value in batch.items()} if self._lent else batch, reports
 
     def _wait(self) -> Any:
         start = time.monotonic()
