@@ -41,6 +41,8 @@ def parse() -> tuple[Recipe, int]:
     parser.add_argument("words", nargs="*", help="key=value, of the recipe, or steps=N")
     options = parser.parse_args()
     steps = next((int(word.partition("=")[2]) for word in options.words if word.startswith("steps=")), 60)
+    if steps <= WARM:
+        parser.error(f"steps={steps}: allowed: more than the {WARM} that are not timed")
     words = [word for word in options.words if not word.startswith("steps=")]
     values = load([Path(options.config)], words)
     values["evals"] = {}

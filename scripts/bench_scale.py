@@ -22,7 +22,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 STRATEGIES = ("one", "ddp", "zero1", "zero2", "zero3", "fsdp2")
-DEFAULT = ("configs/pretrain/mae_vit_base_patch16_in1k.yaml", "data.train=builtin:digits-train", "data.val=null",
+DEFAULT = (str(ROOT / "configs" / "pretrain" / "mae_vit_base_patch16_in1k.yaml"),
+           "data.train=builtin:digits-train", "data.val=null",
            "optim.batch_size=8", "optim.warmup_epochs=1steps", "run.workers=1")  # fmt: skip
 
 
