@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -19,7 +20,7 @@ from test_trainer import losses, train, wait_for_step
 
 from ssl_vit.config import to_yaml
 from ssl_vit.training.checkpoint import Checkpoints, read_checkpoint
-from ssl_vit.training.signals import ONE_REQUEST, Preempted
+from ssl_vit.training.signals import ONE_REQUEST, Preempted, StopRequest
 
 pytestmark = pytest.mark.processes
 
@@ -145,6 +146,12 @@ def test_a_signal_while_packing_keeps_what_is_packed(tmp_path: Path, monkeypatch
     assert all(name.startswith(".") for name in left), "nothing that looks whole"
     again = start(tiny_recipe(images, folder), folder, [])
     assert again.wait(timeout=120) == 0
+
+
+def test_no_library_swallows_a_signal() -> None:
+    """Many go on after any Exception, e.g. progress bars and decoders."""
+    with StopRequest(), pytest.raises(Preempted, match="SIGTERM"), contextlib.suppress(Exception):
+        signal.raise_signal(signal.SIGTERM)
 
 
 def test_a_second_signal_ends_a_process_at_once() -> None:

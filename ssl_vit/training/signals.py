@@ -23,8 +23,11 @@ NO_DATA = 1000
 _PR_SET_PDEATHSIG = 1
 
 
-class Preempted(Exception):
+class Preempted(BaseException):
     """The run was asked to stop.
+
+    No Exception, as KeyboardInterrupt is none: a handler raises it anywhere, also where a library goes on after any
+    Exception.
 
     Args:
         step: steps done.
