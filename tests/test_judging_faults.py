@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 from conftest import TINY_ENCODER, in_process, tiny_recipe, write_images
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_evaluation import PIXELS, subject
 from test_trainer import train
@@ -26,7 +27,7 @@ from ssl_vit.evaluation.sweep import Sweep
 from ssl_vit.objectives.base import Objective
 from ssl_vit.recipe import DataSection, EvaluationRecipe, Recipe, check_recipe
 from ssl_vit.run import evaluate, run
-from ssl_vit.splits import open_sets
+from ssl_vit.splits import open_sets, resolve_classes
 
 
 def judged(init: Path, images: Path, folder: Path, **values: Any) -> dict[str, float]:
@@ -260,18 +261,27 @@ def test_figures_that_are_none_stop_with_the_image_named(images: Path) -> None:
         KNN()(one)
 
 
-def bad_sets(root: Path) -> list[tuple[dict[str, Path], str]]:
+def nameless(path: Path, labels: list[int]) -> Path:
+    """A shard as others make them: labels, and no class names."""
+    picture = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(picture, "png")
+    with tarfile.open(path, "w") as tar:
+        for i, label in enumerate(labels):
+            for suffix, data in (("png", picture.getvalue()), ("cls", str(label).encode())):
+                member = tarfile.TarInfo(f"{i}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def bad_sets(root: Path) -> list[tuple[dict[str, Any], str]]:
     three, two = (
         write_images(root / "three", classes=3, per_class=3),
         write_images(root / "two", classes=2, per_class=3),
     )
-    one = root / "one.tar"
-    with tarfile.open(one, "w") as tar:
-        for i, file in enumerate(sorted(two.rglob("*.png"))[:3]):
-            tar.add(file, f"{i}.png")
-            label = tarfile.TarInfo(f"{i}.cls")
-            label.size = 1
-            tar.addfile(label, io.BytesIO(b"4"))
+    one = nameless(root / "one.tar", [4, 4, 4])
+    first, others = nameless(root / "first.tar", [0, 1, 2] * 3), nameless(root / "others.tar", [2, 3, 4, 5])
+    some = nameless(root / "some.tar", [0, 1, 0, 1])
     flat = root / "flat"
     flat.mkdir()
     for i, file in enumerate(sorted(three.rglob("*.png"))):
@@ -285,14 +295,49 @@ def bad_sets(root: Path) -> list[tuple[dict[str, Path], str]]:
         ({"val": three, "probe": two}, r"data\.probe=.*lacks classes of data\.val: class_2"),
         ({"val": three, "probe": flat}, r"data\.probe=.*has no labels"),
         ({"val": two, "probe": other}, r"lacks classes of data\.val: class_0; has classes .*: zebra"),
+        ({"val": others, "probe": first}, r"data\.probe=.*lacks classes of data\.val: 3, 4, 5; has .*lacks: 0, 1"),
+        ({"val": others, "probe": one}, r"data\.probe=.*lacks classes of data\.val: 2, 3, 5"),
+        ({"val": some, "probe": first}, r"data\.probe=.*has classes that data\.val lacks: 2"),
+        ({"val": three, "probe": first}, r"data\.probe=.*lacks class names, data\.val has them"),
+        (
+            {"val": first, "probe": nameless(root / "rare.tar", [0] * 90 + [1, 2]), "probe_images": 3},
+            r"data\.probe: all 3 images that evaluations train on are of one class",
+        ),
     ]
 
 
 def test_bad_sets_are_one_clear_sentence(tmp_path: Path) -> None:
     for data, message in bad_sets(tmp_path):
         with pytest.raises(InputError, match=message) as error:
-            open_sets(DataSection.model_validate({k: str(v) if v.suffix else f"folder:{v}" for k, v in data.items()}))
+            open_sets(data_section(data))
         assert "\n" not in str(error.value)
+
+
+def data_section(data: dict[str, Any]) -> DataSection:
+    return DataSection.model_validate(
+        {k: v if isinstance(v, int) else str(v) if v.suffix else f"folder:{v}" for k, v in data.items()}
+    )
+
+
+def test_without_class_names_the_labels_are_compared(tmp_path: Path) -> None:
+    """Other labels in data.train mean a split of data.val, and an objective that learns them is refused."""
+    known = nameless(tmp_path / "known.tar", [0, 1, 2] * 5)
+    val = nameless(tmp_path / "val.tar", [2, 3, 4, 5] * 5)
+    again = nameless(tmp_path / "again.tar", [2, 1, 0, 1])
+    rule = open_sets(data_section({"train": known, "val": val})).rule
+    assert "since data.train lacks classes of data.val: 3, 4, 5; has classes that data.val lacks: 0, 1" in rule
+    assert open_sets(data_section({"train": known, "val": again})).rule.startswith("probes train on data.train")
+
+    def resolve(train: list[Path], scored: Path) -> Any:
+        values = tiny_recipe(tmp_path, tmp_path / "run", objective={"name": "classification"}, evals={"accuracy": {}})
+        values["data"] |= {"train": [str(path) for path in train], "val": str(scored)}
+        recipe = check_recipe(check(Recipe, values))
+        resolve_classes(recipe)
+        return recipe.objective["num_classes"]
+
+    with pytest.raises(InputError, match=r"data\.val=.*val\.tar: lacks classes of data\.train: 0, 1; has .*: 3, 4, 5"):
+        resolve([known], val)
+    assert resolve([nameless(tmp_path / "part.tar", [0, 2]), again], known) == 3, "sources complete each other"
 
 
 def test_other_classes_in_train_are_said_with_the_rule(tmp_path: Path) -> None:
