@@ -149,6 +149,51 @@ def test_a_part_of_the_scored_images_that_votes_does_not_vote_for_itself(tmp_pat
     assert found == (bank_labels[similarity.argmax(dim=1)] == labels).double().mean().item() < 1
 
 
+def test_a_linear_probe_of_an_image_a_class_gives_a_figure(mine: Path, tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "images", classes=3, per_class=1)
+    spec, evals = f"folder:{folder}", {"linear": {}, "few_shot": {"shots": [1], "draws": 2}}
+    found = judged(mine, folder, tmp_path / "run", data={"probe": spec, "val": spec}, evals=evals)
+    assert found["linear/top1"] == found["few_shot/top1"] == 1, "trained on what is scored"
+    designs = json.loads((tmp_path / "run" / "result.json").read_text())["designs"]
+    assert designs == {"linear": {"fit": 3, "selection": 0}, "few_shot": {"seeds": [0, 1]}}
+
+
+def test_pictures_of_a_run_are_of_its_whole_objective(mine: Path, images: Path, tmp_path: Path) -> None:
+    """The decoder of the checkpoint draws them, as in a run that begins with all of it."""
+    values = tiny_recipe(images, tmp_path / "whole", objective__init=str(mine), evals={"pictures": {}})
+    values["data"] |= {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4], "interpolation": "bilinear"}
+    values["optim"] |= {"epochs": "1 steps", "warmup_epochs": 0}
+    train(values)
+    sheets = [tmp_path / "whole"]
+    for source in ("", "checkpoints/step_00000012"):
+        sheets.append(tmp_path / f"of_{source[:11]}")
+        done = in_process(
+            "pipelines/evaluate.py", f"encoder.init={mine / source}", f"data.train=folder:{images}",
+            "evals.pictures={}", f"run.dir={sheets[-1]}", "run.workers=0", "mixed_precision=no",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    whole, *others = [np.array(Image.open(folder / "pictures" / "pictures_00000000.png")) for folder in sheets]
+    for other in others:
+        assert np.array_equal(other, whole)
+
+
+@pytest.mark.parametrize("name", ["pictures", "decoded", "accuracy", "heads"])
+def test_an_encoder_alone_is_not_asked_for_more(name: str, mine: Path, images: Path, tmp_path: Path) -> None:
+    """A timm name, an export, and a run of another objective: one sentence, nothing left behind."""
+    words = [f"data.val=folder:{images}", f"evals.{name}={{}}", f"run.dir={tmp_path / 'run'}", "run.workers=0"]
+    sources = {
+        "encoder.name=vit_tiny_patch16_224": "in an encoder alone; give a run or a checkpoint of it as encoder.init",
+        f"encoder.init={mine / 'encoder'}": "in an encoder alone",
+        **({f"encoder.init={mine}": "in MAE; leave it out"} if name == "heads" else {}),
+    }
+    for source, reason in sources.items():
+        done = in_process("pipelines/evaluate.py", source, *words)
+        assert done.returncode == 2, done.stderr
+        assert f"error: evals.{name}: asks for " in done.stderr
+        assert reason in done.stderr
+        assert not (tmp_path / "run" / "result.json").exists()
+
+
 def test_only_the_encoder_computes_in_bf16(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under bf16 what is made of the features is computed in float32: near-equal features keep their order."""
     inside: list[torch.dtype] = []
@@ -194,10 +239,12 @@ def test_a_chain_of_fine_tunings(mine: Path, images: Path, tmp_path: Path) -> No
 
     tune("three", mine, images, 32)
     tune("five_classes", tmp_path / "three", five, 48)
+    found = judged(tmp_path / "five_classes", five, tmp_path / "judged", evals={"accuracy": {}})
     log = (tmp_path / "five_classes" / "train.log").read_text()
     assert "objective.num_classes" in log or "5" in log
     result = json.loads((tmp_path / "five_classes" / "result.json").read_text())
     assert 0 <= result["evaluations"]["final"]["accuracy/top1"] <= 1
+    assert found["accuracy/top1"] == result["evaluations"]["final"]["accuracy/top1"], "the head of the run counts"
     assert result["data"]["val"]["classes"] == 5
     model = timm.create_model(f"local-dir:{tmp_path / 'five_classes' / 'encoder'}", pretrained=True, img_size=64)
     assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 48)
