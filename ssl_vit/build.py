@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ssl_vit.config import InputError, plain
+from ssl_vit.config import InputError, check, load, plain
 from ssl_vit.data.loader import IMAGENET_MEAN, IMAGENET_STD, Pixels
 from ssl_vit.data.order import Stream, derive_seed
 from ssl_vit.data.reading_plan import cores_of_a_process
@@ -29,6 +29,7 @@ from ssl_vit.recipe import (
     EvaluationRecipe,
     Recipe,
     RunSection,
+    check_recipe,
     evaluation_class,
     objective_class,
 )
@@ -88,6 +89,27 @@ def build_frozen(recipe: EvaluationRecipe | EmbeddingRecipe) -> Objective:
     return objective.requires_grad_(False).eval()
 
 
+def build_judged(recipe: EvaluationRecipe) -> Objective:
+    """As :func:`build_frozen`; of a run or its checkpoint the whole objective, where an evaluation asks for it."""
+    more = any(evaluation_class(name).call for name in recipe.evals)
+    of_run = _recipe_of_run(recipe.encoder.get("init")) if more else None
+    if of_run is None:
+        return build_frozen(recipe)
+    of_run.data, of_run.encoder = recipe.data, {**recipe.encoder, "init": None}
+    of_run.objective["init"] = recipe.encoder["init"]
+    return build_objective(of_run).requires_grad_(False).eval()
+
+
+def _recipe_of_run(init: str | None) -> Recipe | None:
+    """What trained the run that a path names, or a checkpoint in it; None: it is of no training."""
+    path = Path(init or "").absolute()
+    for folder in (path, *(parent.parent for parent in path.parents[:2] if parent.name == "checkpoints")):
+        if init and (folder / "recipe.yaml").is_file():
+            values = load([folder / "recipe.yaml"], [])
+            return check_recipe(check(Recipe, values)) if "objective" in values else None
+    return None
+
+
 def stated_pixels(init: str | None) -> dict[str, Any]:
     """Preprocessing that the file of an initial encoder states; empty for a bare file of weights."""
     with contextlib.suppress(InputError):
@@ -142,11 +164,14 @@ def resolve_precision(recipe: AnyRecipe) -> str:
     return recipe.mixed_precision
 
 
-def build_evaluations(evals: dict[str, Any], labelled: bool, probe: Subset | None = None) -> dict[str, Evaluation]:
+def build_evaluations(
+    evals: dict[str, Any], labelled: bool, probe: Subset | None = None, objective: Objective | None = None
+) -> dict[str, Evaluation]:
     """The evaluations of a recipe by name; those that need labels are left out, and named, where there are none.
 
     Raises:
-        InputError: an impossible argument, or the labelled images ``probe`` are not enough for one.
+        InputError: an impossible argument, the labelled images ``probe`` are not enough for one, or ``objective`` has
+            not what one asks for.
     """
     built = {}
     for name, values in evals.items():
@@ -155,8 +180,12 @@ def build_evaluations(evals: dict[str, Any], labelled: bool, probe: Subset | Non
     for name in [name for name, evaluation in built.items() if evaluation.labelled and not labelled]:
         logger.info("%s: left out, it needs labelled images (data.val)", name)
         del built[name]
-    for evaluation in built.values():
+    for name, evaluation in built.items():
         evaluation.check(probe)
+        if objective is not None and evaluation.call and not hasattr(objective, evaluation.call):
+            alone = "an encoder alone; give a run or a checkpoint of it as encoder.init, or leave it out"
+            what = alone if type(objective) is Objective else f"{type(objective).__name__}; leave it out"
+            raise InputError(f"evals.{name}: asks for {evaluation.call!r}, which is not there in {what}")
     return built
 
 

@@ -193,12 +193,14 @@ class SetSection(Section):
         group: sets whose mean is given too
         train: images that evaluations train on
         val: images that are scored
+        hf: data set on the Hugging Face Hub that it comes from, said where it is not at hand
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
     group: str = "sets"
     train: str
     val: str
+    hf: str | None = None
 
 
 class TransferRecipe(EvaluationRecipe):
@@ -211,7 +213,7 @@ class TransferRecipe(EvaluationRecipe):
         evals: evaluations by name, with constructor arguments
         sets: name, group, train, val of each set
         train_images: evaluations train on so many images of each set; 1000 with evals.sweep is VTAB's 800 and
-            200 to choose on, or more of those where classes are small (at least one of each); null: all
+            200 to choose on; null: all
         missing: a set that is not at hand: skip it and say so in the table, or stop before anything is measured
     """
 

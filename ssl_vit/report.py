@@ -31,10 +31,12 @@ logger = logging.getLogger(__name__)
 def measurement(
     recipe: Recipe | EvaluationRecipe, sets: Sets, encoder: Encoder, evaluations: Mapping[str, Evaluation], bad: int
 ) -> dict[str, Any]:
-    """What decides the numbers of evaluations, for result.json: protocols, data, encoder, seed, versions."""
+    """What decides the numbers of evaluations, for result.json: protocols, splits, data, encoder, seeds, versions."""
     parts: dict[str, Subset | None] = {"probe": sets.probe, "val": sets.val}
+    designs = {n: e.design(sets.probe, recipe.seed) for n, e in evaluations.items()} if sets.probe is not None else {}
     return {
         "protocols": {name: evaluation.protocol for name, evaluation in evaluations.items() if evaluation.protocol},
+        "designs": {name: design for name, design in designs.items() if design},
         "probe": sets.rule,
         "data": {
             "train": [{"images": len(index), "sha256": index.fingerprint} for index in sets.train],

@@ -66,7 +66,7 @@ def run(recipe: Recipe, resume: str = "auto") -> None:
         size = view_bytes(views, pixels.in_chans)
         reading = ReadingPlan(sets.train, stream, recipe.optim.batch_size, micro, *ranks, workers, size)
         reading.check()
-        evaluations = build.build_evaluations(recipe.evals, sets.val is not None, sets.probe)
+        evaluations = build.build_evaluations(recipe.evals, sets.val is not None, sets.probe, objective)
         folder.lock()
         saved = folder.restore(resume, objective, sets.fingerprint)
         state: dict[str, Any] = saved.state if saved else {"data": sets.fingerprint}
@@ -148,9 +148,9 @@ def evaluate(recipe: EvaluationRecipe, resume: str = "auto") -> None:
         if folder.finished():
             logger.info("run.dir=%s: this evaluation is finished; nothing to do", folder.path)
             return report(folder)
-        objective = build.build_frozen(recipe)
+        objective = build.build_judged(recipe)
         sets = splits.open_sets(recipe.data)
-        evaluations = build.build_evaluations(recipe.evals, sets.val is not None, sets.probe)
+        evaluations = build.build_evaluations(recipe.evals, sets.val is not None, sets.probe, objective)
         workers = build.loader_workers(recipe.run)
         folder.lock()
         accelerator = launch.open(precision, recipe.run.deterministic)

@@ -109,18 +109,23 @@ def open_sets(data: DataSection, opened: dict[str, Index] | None = None) -> Sets
         index = open_data(data, data.probe, opened)
         if not index.labelled:
             raise InputError(f"data.probe={data.probe}: has no labels; give class folders, or leave it out")
-        if index.classes != val.classes:
-            raise InputError(f"data.probe={data.probe}: {_difference(index.classes, val.classes, 'data.val')}")
+        if difference := _difference(index, [val], "data.val"):
+            raise InputError(f"data.probe={data.probe}: {difference}")
         probe, scored, rule = Subset.all(index), everything, "probes train on data.probe, scored on data.val"
-    elif len(train) == 1 and train[0].labelled and train[0].classes == val.classes:
+    elif len(train) == 1 and train[0].labelled and not _difference(train[0], [val], "data.val"):
         probe, scored, rule = Subset.all(train[0]), everything, "probes train on data.train, scored on data.val"
     else:
         rule = "probes train on 80 % of data.val, scored on the other 20 % (stratified, by hash of the key)"
         if len(train) == 1 and train[0].labelled:
-            rule += f", since data.train {_difference(train[0].classes, val.classes, 'data.val')}"
+            rule += f", since data.train {_difference(train[0], [val], 'data.val')}"
         probe, scored = split_by_key(everything, 0.2)
     if data.probe_images is not None and data.probe_images < len(probe.samples):
         probe, rule = first_by_key(probe, data.probe_images), f"{rule}; training on {data.probe_images} images"
+    if len(np.unique(probe.labels)) < 2:
+        raise InputError(
+            f"data.{'train' if data.probe is None else 'probe'}: all {len(probe.samples)} images that evaluations "
+            "train on are of one class; give two or more classes, or more of its images (data.probe_images)"
+        )
     return Sets(train, everything, rule, probe, scored)
 
 
@@ -140,7 +145,7 @@ def resolve_classes(recipe: Recipe, opened: dict[str, Index] | None = None) -> N
             raise InputError(f"evals.accuracy: objective.name={stated['name']!r} predicts no classes; leave it out")
         return
     sources = {f"data.train={spec}": open_data(data, spec, opened) for spec in train_specs(data)}
-    first = next(iter(sources.values()))
+    train = list(sources.values())
     if data.val is not None and {"accuracy", "heads"} & set(recipe.evals):
         sources[f"data.val={data.val}"] = open_data(data, data.val, opened)
     for name, index in sources.items():
@@ -150,8 +155,10 @@ def resolve_classes(recipe: Recipe, opened: dict[str, Index] | None = None) -> N
                 f"{name}: {missing} of {len(index)} images have no label, and objective.name={stated['name']!r} learns "
                 "from labels; give class folders (a folder a class), or labelled shards"
             )
-        if index.classes != first.classes:
-            raise InputError(f"{name}: {_difference(index.classes, first.classes, 'data.train')}")
+        if index in train and index.classes == train[0].classes:  # without names, a source may lack some of the labels
+            continue
+        if difference := _difference(index, train, "data.train"):
+            raise InputError(f"{name}: {difference}")
     count = max(len(index.classes or ()) or int(index.samples["label"].max()) + 1 for index in sources.values())
     if stated["num_classes"] is None:
         stated["num_classes"] = count
@@ -160,17 +167,26 @@ def resolve_classes(recipe: Recipe, opened: dict[str, Index] | None = None) -> N
         raise InputError(f"objective.num_classes={stated['num_classes']}: data.train has {count}; give that, or null")
 
 
-def _difference(classes: list[str] | None, others: list[str] | None, of: str) -> str:
-    """How two lists of class names differ, for a message about the first."""
-    ours, theirs = classes or [], others or []
-    if not ours or not theirs:
+def _difference(index: Index, others: list[Index], of: str) -> str | None:
+    """How the classes of a set differ from those of others, for a message about it; None: they do not.
+
+    Where neither has class names, the labels that occur are compared.
+    """
+    ours, theirs = index.classes, others[0].classes
+    if bool(ours) != bool(theirs):
         return f"{'has' if ours else 'lacks'} class names, {of} {'has' if theirs else 'lacks'} them; pack both alike"
+    ours, theirs = ours or _labels([index]), theirs or _labels(others)
+    if ours == theirs:
+        return None
     lacks, more = [n for n in theirs if n not in ours], [n for n in ours if n not in theirs]
     parts = [f"lacks classes of {of}: {_few(lacks)}"] if lacks else []
     parts += [f"has classes that {of} lacks: {_few(more)}"] if more else []
     return "; ".join(parts) or f"has the classes of {of} in another order: {_few(ours)}; there: {_few(theirs)}"
 
 
-def _few(names: list[str] | None) -> str:
-    names = names or []
+def _labels(indices: list[Index]) -> list[str]:
+    return [str(label) for label in np.unique(np.concatenate([index.samples["label"] for index in indices]))]
+
+
+def _few(names: list[str]) -> str:
     return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")

@@ -89,7 +89,7 @@ def _why_absent(recipe: TransferRecipe, row: SetSection) -> str | None:
             if not index.labelled:
                 return f"{spec}: has no labels"
     except InputError as error:
-        return str(error)
+        return f"{error}; it is {row.hf} on the Hugging Face Hub" if row.hf else str(error)
     return None
 
 
@@ -100,7 +100,7 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     for row in rows:
         final = row.get("evaluations", {}).get("final", {})
         kept = {key: value for key, value in final.items() if key.endswith(("/top1", "/standard_error", "/seconds"))}
-        facts = {key: row[key] for key in ("group", "absent", "data", "protocols") if key in row}
+        facts = {key: row[key] for key in ("group", "absent", "data", "protocols", "designs") if key in row}
         sets[row["name"]] = {**facts, "numbers": kept}
     names = sorted({key for row in measured for key in row["evaluations"]["final"] if key.endswith("/top1")})
     groups = {ALL: measured}

@@ -62,7 +62,7 @@ def watch(recipe: EvaluationRecipe, path: Path) -> None:
         precision = build.resolve_precision(recipe)
         objective = Objective(build.build_encoder(recipe.encoder)).requires_grad_(False).eval()
         sets = splits.open_sets(recipe.data)
-        evaluations = build.build_evaluations(recipe.evals, sets.val is not None, sets.probe)
+        evaluations = build.build_evaluations(recipe.evals, sets.val is not None, sets.probe, objective)
         workers = build.loader_workers(recipe.run)
         place.lock()
         accelerator = launch.open(precision, recipe.run.deterministic)

@@ -265,5 +265,15 @@ def test_vtab_is_whole() -> None:
     recipe = check(TransferRecipe, load([ROOT / "configs" / "transfer" / "vtab.yaml"], []))
     groups = [row.group for row in recipe.sets]
     assert {group: groups.count(group) for group in groups} == {"natural": 7, "specialised": 4, "structured": 8}
+    assert [(row.hf or "").removeprefix("clip-benchmark/wds_").removeprefix("vtab-") for row in recipe.sets] == [
+        "caltech101", "cifar100", "dtd", "flowers", "pets", "svhn", "sun397",
+        "pcam", "eurosat", "resisc45", "diabetic_retinopathy",
+        "clevr_count_all", "clevr_closest_object_distance", "dmlab", "dsprites_label_x_position",
+        "dsprites_label_orientation", "kitti_closest_vehicle_distance", "smallnorb_label_azimuth",
+        "smallnorb_label_elevation",
+    ]  # fmt: skip
+    for row in recipe.sets:
+        folder = (row.hf or "").replace("clip-benchmark/", "vtab/")
+        assert (row.train, row.val) == (f"{folder}/train", f"{folder}/test")
     assert recipe.train_images == 1000
     assert recipe.missing == "skip"

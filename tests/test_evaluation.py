@@ -16,9 +16,10 @@ from ssl_vit.config import InputError
 from ssl_vit.data.loader import Pixels
 from ssl_vit.data.sources import open_source
 from ssl_vit.encoders.base import create_encoder
+from ssl_vit.evaluation import knn
 from ssl_vit.evaluation.base import Subject, Subset, split_by_key
 from ssl_vit.evaluation.few_shot import FewShot
-from ssl_vit.evaluation.knn import KNN, knn_correct
+from ssl_vit.evaluation.knn import KNN, knn_correct, nearest
 from ssl_vit.evaluation.linear import Linear
 from ssl_vit.evaluation.linear_heads import Choice, LinearHeads
 from ssl_vit.evaluation.logistic import fit_path, fit_selected, stratified_folds
@@ -66,6 +67,23 @@ def test_knn_equals_brute_force(chunk: int) -> None:
     assert knn_correct(bank, bank_labels, queries, labels, [1, 5, 50], 0.07, 3, chunk).tolist() == expected
 
 
+@pytest.mark.parametrize("block", [1, 7, 60, 119])
+def test_knn_compares_blocks_of_the_bank(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The neighbours of every query are those among all at once, its own place left out wherever it lies."""
+    bank, bank_labels = blobs(seed=2)
+    queries, labels = torch.cat([blobs(n=41, seed=3)[0], bank[::9]]), torch.cat([blobs(n=41)[1], bank_labels[::9]])
+    own = torch.cat([torch.full((41,), -1), torch.arange(0, 120, 9)])
+    arguments = (bank, bank_labels, queries, labels, [1, 5, 50, 119], 0.07, 3, 11, own)
+    unit = F.normalize(queries, dim=1)
+    whole, places = nearest(bank, unit, 50, own)
+    expected = knn_correct(*arguments)
+    monkeypatch.setattr(knn, "BLOCK", block)
+    found, same = nearest(bank, unit, 50, own)
+    torch.testing.assert_close(found, whole, rtol=0, atol=1e-6)
+    assert torch.equal(places, same)
+    assert torch.equal(knn_correct(*arguments), expected)
+
+
 def test_knn_leaves_an_image_out_of_its_own_vote() -> None:
     """Scored on the images that vote, each is judged by the others alone (leave one out)."""
     features, labels = blobs(n=31)
@@ -106,6 +124,16 @@ def test_logistic_regression_survives_constant_features() -> None:
     classifier = fit_path(features, labels, 3, [1e-3])[0]
     assert classifier.weight.isfinite().all()
     assert classifier.accuracy(features, labels) > 0.7
+
+
+@pytest.mark.parametrize("counts", [[1, 1, 1], [2, 1, 1], [2, 1]])
+def test_a_penalty_for_a_few_images(counts: list[int]) -> None:
+    """Where every class has one image none can be held out: the strongest penalty, as few_shot says."""
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    features, _ = blobs(n=len(labels))
+    classifier, penalty = fit_selected(features, labels, 3, [1e-3, 1.0], folds=5, seed=0)
+    assert classifier.weight.isfinite().all()
+    assert penalty == 1.0 or max(counts) > 1
 
 
 def test_penalty_is_chosen_without_the_validation_set() -> None:
@@ -167,6 +195,7 @@ def test_a_sweep_chooses_on_a_part_of_the_training_set(images: Path, monkeypatch
     assert again == selection
     assert val == set(judged.subset("val").samples.tolist())
     assert fitting | selection == set(judged.subset("probe").samples.tolist())
+    assert Sweep().design(judged.subset("probe"), 0) == {"fit": len(fitting), "selection": len(selection)}
     assert 0.5 < result["top1"] <= 1
     assert result["classifiers"] == 2 * 3 * 2 * 3
     assert Sweep(last_blocks=[1], learning_rates=[0.1], views=1)(subject(images)) == Sweep(
@@ -269,11 +298,16 @@ def test_each_evaluation_gives_sane_numbers(images: Path) -> None:
     for result in (knn, linear, few):
         assert 0.5 < result["top1"] <= 1
         assert 0 <= result["standard_error"] < 0.2
+    labels = torch.from_numpy(judged.subset("probe").labels)
+    held = int((stratified_folds(labels, 5, torch.Generator().manual_seed(0)) == 0).sum())
+    assert Linear().design(judged.subset("probe"), 0) == {"fit": 57 - held, "selection": held}
+    assert Linear([1.0]).design(judged.subset("probe"), 0)["selection"] == 0
+    assert FewShot(draws=3).design(judged.subset("probe"), 7) == {"seeds": [7, 8, 9]}
     rank = Rank()(judged)
     assert 1 <= rank["effective_rank"] <= 48
     with pytest.raises(InputError, match=r"evals\.few_shot\.shots=\[30\]"):
         FewShot(shots=[30]).check(judged.probe)
-    with pytest.raises(InputError, match=r"evals\.sweep: 1 labelled images of 1 classes leave none to choose on"):
+    with pytest.raises(InputError, match=r"evals\.sweep: 1 labelled images of 1 classes leave too few to choose on"):
         Sweep().check(Subset(judged.subset("probe").index, judged.subset("probe").samples[:1]))
 
 

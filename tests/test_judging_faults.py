@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 from conftest import TINY_ENCODER, in_process, tiny_recipe, write_images
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_evaluation import PIXELS, subject
 from test_trainer import train
@@ -26,7 +27,7 @@ from ssl_vit.evaluation.sweep import Sweep
 from ssl_vit.objectives.base import Objective
 from ssl_vit.recipe import DataSection, EvaluationRecipe, Recipe, check_recipe
 from ssl_vit.run import evaluate, run
-from ssl_vit.splits import open_sets
+from ssl_vit.splits import open_sets, resolve_classes
 
 
 def judged(init: Path, images: Path, folder: Path, **values: Any) -> dict[str, float]:
@@ -148,6 +149,51 @@ def test_a_part_of_the_scored_images_that_votes_does_not_vote_for_itself(tmp_pat
     assert found == (bank_labels[similarity.argmax(dim=1)] == labels).double().mean().item() < 1
 
 
+def test_a_linear_probe_of_an_image_a_class_gives_a_figure(mine: Path, tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "images", classes=3, per_class=1)
+    spec, evals = f"folder:{folder}", {"linear": {}, "few_shot": {"shots": [1], "draws": 2}}
+    found = judged(mine, folder, tmp_path / "run", data={"probe": spec, "val": spec}, evals=evals)
+    assert found["linear/top1"] == found["few_shot/top1"] == 1, "trained on what is scored"
+    designs = json.loads((tmp_path / "run" / "result.json").read_text())["designs"]
+    assert designs == {"linear": {"fit": 3, "selection": 0}, "few_shot": {"seeds": [0, 1]}}
+
+
+def test_pictures_of_a_run_are_of_its_whole_objective(mine: Path, images: Path, tmp_path: Path) -> None:
+    """The decoder of the checkpoint draws them, as in a run that begins with all of it."""
+    values = tiny_recipe(images, tmp_path / "whole", objective__init=str(mine), evals={"pictures": {}})
+    values["data"] |= {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4], "interpolation": "bilinear"}
+    values["optim"] |= {"epochs": "1 steps", "warmup_epochs": 0}
+    train(values)
+    sheets = [tmp_path / "whole"]
+    for source in ("", "checkpoints/step_00000012"):
+        sheets.append(tmp_path / f"of_{source[:11]}")
+        done = in_process(
+            "pipelines/evaluate.py", f"encoder.init={mine / source}", f"data.train=folder:{images}",
+            "evals.pictures={}", f"run.dir={sheets[-1]}", "run.workers=0", "mixed_precision=no",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    whole, *others = [np.array(Image.open(folder / "pictures" / "pictures_00000000.png")) for folder in sheets]
+    for other in others:
+        assert np.array_equal(other, whole)
+
+
+@pytest.mark.parametrize("name", ["pictures", "decoded", "accuracy", "heads"])
+def test_an_encoder_alone_is_not_asked_for_more(name: str, mine: Path, images: Path, tmp_path: Path) -> None:
+    """A timm name, an export, and a run of another objective: one sentence, nothing left behind."""
+    words = [f"data.val=folder:{images}", f"evals.{name}={{}}", f"run.dir={tmp_path / 'run'}", "run.workers=0"]
+    sources = {
+        "encoder.name=vit_tiny_patch16_224": "in an encoder alone; give a run or a checkpoint of it as encoder.init",
+        f"encoder.init={mine / 'encoder'}": "in an encoder alone",
+        **({f"encoder.init={mine}": "in MAE; leave it out"} if name == "heads" else {}),
+    }
+    for source, reason in sources.items():
+        done = in_process("pipelines/evaluate.py", source, *words)
+        assert done.returncode == 2, done.stderr
+        assert f"error: evals.{name}: asks for " in done.stderr
+        assert reason in done.stderr
+        assert not (tmp_path / "run" / "result.json").exists()
+
+
 def test_only_the_encoder_computes_in_bf16(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under bf16 what is made of the features is computed in float32: near-equal features keep their order."""
     inside: list[torch.dtype] = []
@@ -193,10 +239,12 @@ def test_a_chain_of_fine_tunings(mine: Path, images: Path, tmp_path: Path) -> No
 
     tune("three", mine, images, 32)
     tune("five_classes", tmp_path / "three", five, 48)
+    found = judged(tmp_path / "five_classes", five, tmp_path / "judged", evals={"accuracy": {}})
     log = (tmp_path / "five_classes" / "train.log").read_text()
     assert "objective.num_classes" in log or "5" in log
     result = json.loads((tmp_path / "five_classes" / "result.json").read_text())
     assert 0 <= result["evaluations"]["final"]["accuracy/top1"] <= 1
+    assert found["accuracy/top1"] == result["evaluations"]["final"]["accuracy/top1"], "the head of the run counts"
     assert result["data"]["val"]["classes"] == 5
     model = timm.create_model(f"local-dir:{tmp_path / 'five_classes' / 'encoder'}", pretrained=True, img_size=64)
     assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 48)
@@ -260,18 +308,27 @@ def test_figures_that_are_none_stop_with_the_image_named(images: Path) -> None:
         KNN()(one)
 
 
-def bad_sets(root: Path) -> list[tuple[dict[str, Path], str]]:
+def nameless(path: Path, labels: list[int]) -> Path:
+    """A shard as others make them: labels, and no class names."""
+    picture = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(picture, "png")
+    with tarfile.open(path, "w") as tar:
+        for i, label in enumerate(labels):
+            for suffix, data in (("png", picture.getvalue()), ("cls", str(label).encode())):
+                member = tarfile.TarInfo(f"{i}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def bad_sets(root: Path) -> list[tuple[dict[str, Any], str]]:
     three, two = (
         write_images(root / "three", classes=3, per_class=3),
         write_images(root / "two", classes=2, per_class=3),
     )
-    one = root / "one.tar"
-    with tarfile.open(one, "w") as tar:
-        for i, file in enumerate(sorted(two.rglob("*.png"))[:3]):
-            tar.add(file, f"{i}.png")
-            label = tarfile.TarInfo(f"{i}.cls")
-            label.size = 1
-            tar.addfile(label, io.BytesIO(b"4"))
+    one = nameless(root / "one.tar", [4, 4, 4])
+    first, others = nameless(root / "first.tar", [0, 1, 2] * 3), nameless(root / "others.tar", [2, 3, 4, 5])
+    some = nameless(root / "some.tar", [0, 1, 0, 1])
     flat = root / "flat"
     flat.mkdir()
     for i, file in enumerate(sorted(three.rglob("*.png"))):
@@ -285,14 +342,49 @@ def bad_sets(root: Path) -> list[tuple[dict[str, Path], str]]:
         ({"val": three, "probe": two}, r"data\.probe=.*lacks classes of data\.val: class_2"),
         ({"val": three, "probe": flat}, r"data\.probe=.*has no labels"),
         ({"val": two, "probe": other}, r"lacks classes of data\.val: class_0; has classes .*: zebra"),
+        ({"val": others, "probe": first}, r"data\.probe=.*lacks classes of data\.val: 3, 4, 5; has .*lacks: 0, 1"),
+        ({"val": others, "probe": one}, r"data\.probe=.*lacks classes of data\.val: 2, 3, 5"),
+        ({"val": some, "probe": first}, r"data\.probe=.*has classes that data\.val lacks: 2"),
+        ({"val": three, "probe": first}, r"data\.probe=.*lacks class names, data\.val has them"),
+        (
+            {"val": first, "probe": nameless(root / "rare.tar", [0] * 90 + [1, 2]), "probe_images": 3},
+            r"data\.probe: all 3 images that evaluations train on are of one class",
+        ),
     ]
 
 
 def test_bad_sets_are_one_clear_sentence(tmp_path: Path) -> None:
     for data, message in bad_sets(tmp_path):
         with pytest.raises(InputError, match=message) as error:
-            open_sets(DataSection.model_validate({k: str(v) if v.suffix else f"folder:{v}" for k, v in data.items()}))
+            open_sets(data_section(data))
         assert "\n" not in str(error.value)
+
+
+def data_section(data: dict[str, Any]) -> DataSection:
+    return DataSection.model_validate(
+        {k: v if isinstance(v, int) else str(v) if v.suffix else f"folder:{v}" for k, v in data.items()}
+    )
+
+
+def test_without_class_names_the_labels_are_compared(tmp_path: Path) -> None:
+    """Other labels in data.train mean a split of data.val, and an objective that learns them is refused."""
+    known = nameless(tmp_path / "known.tar", [0, 1, 2] * 5)
+    val = nameless(tmp_path / "val.tar", [2, 3, 4, 5] * 5)
+    again = nameless(tmp_path / "again.tar", [2, 1, 0, 1])
+    rule = open_sets(data_section({"train": known, "val": val})).rule
+    assert "since data.train lacks classes of data.val: 3, 4, 5; has classes that data.val lacks: 0, 1" in rule
+    assert open_sets(data_section({"train": known, "val": again})).rule.startswith("probes train on data.train")
+
+    def resolve(train: list[Path], scored: Path) -> Any:
+        values = tiny_recipe(tmp_path, tmp_path / "run", objective={"name": "classification"}, evals={"accuracy": {}})
+        values["data"] |= {"train": [str(path) for path in train], "val": str(scored)}
+        recipe = check_recipe(check(Recipe, values))
+        resolve_classes(recipe)
+        return recipe.objective["num_classes"]
+
+    with pytest.raises(InputError, match=r"data\.val=.*val\.tar: lacks classes of data\.train: 0, 1; has .*: 3, 4, 5"):
+        resolve([known], val)
+    assert resolve([nameless(tmp_path / "part.tar", [0, 2]), again], known) == 3, "sources complete each other"
 
 
 def test_other_classes_in_train_are_said_with_the_rule(tmp_path: Path) -> None:

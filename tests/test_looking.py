@@ -175,20 +175,47 @@ def test_alpha_of_a_power_law() -> None:
     assert spectral_decay(torch.cat([ranks[:8] ** -1.0, torch.zeros(40, dtype=torch.float64)])) is None
 
 
-def test_features_that_are_all_alike_are_warned_of(images: Path, caplog: pytest.LogCaptureFixture) -> None:
-    judged, _ = subject(TINY_ENCODER, images)
+def collapsed(features: torch.Tensor, judged: Subject, caplog: pytest.LogCaptureFixture) -> str:
+    judged._features = {id(judged.images): (features, torch.zeros(len(features)))}
+    caplog.clear()
     with caplog.at_level(logging.WARNING, logger="ssl_vit"):
-        numbers = Rank()(judged)
-        assert not caplog.records
-        assert numbers["alpha"] > 0
-        judged._features = {id(judged.images): (torch.ones(72, 48) + 1e-5 * torch.randn(72, 48), torch.zeros(72))}
         Rank()(judged)
-    assert "collapse suspected" in caplog.text
+    return caplog.text
+
+
+def test_a_collapse_is_warned_of(images: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Features all alike, along a line, along a line around a mean, and in a few of many directions."""
+    judged, _ = subject(TINY_ENCODER, images)
+    mean, along = 10 * torch.randn(48), torch.randn(200, 1)
+    alike = torch.ones(72, 48) + 1e-5 * torch.randn(72, 48)
+    line = along * torch.randn(48)
+    for features in (alike, line, line + mean, line + mean + 1e-3 * torch.randn(200, 48)):
+        assert "collapse suspected" in collapsed(features, judged, caplog)
+    few = torch.randn(900, 4) @ torch.randn(4, 800)
+    assert "differ in 4.0 of 800 directions" in collapsed(few, judged, caplog)
+    for features in (torch.randn(200, 48), torch.randn(200, 4) @ torch.randn(4, 48) + mean, torch.randn(3, 48)):
+        assert not collapsed(features, judged, caplog)
+
+
+@pytest.mark.parametrize("encoder", [*ENCODERS.values(), TINY_SWIN, {"name": "resnet18", "layers": [1, 1, 1, 1]}])
+def test_an_encoder_as_it_begins_is_no_collapse(
+    encoder: dict[str, Any], images: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for spec in (f"folder:{images}", "builtin:digits-test"):
+        torch.manual_seed(0)
+        objective = Objective(create_encoder(**{**encoder, "img_size": 32})).eval()
+        pixels = Pixels((0.5,) * 3, (0.5,) * 3, crop_pct=1.0)
+        shown = Subset.spread(open_source(spec), 200)
+        judged = Subject(objective, objective.encoder.pool, (32, 32), pixels, torch.device("cpu"), shown)
+        with caplog.at_level(logging.WARNING, logger="ssl_vit"):
+            assert Rank()(judged)["alpha"] > 0
+        assert not caplog.records
 
 
 def test_a_run_leaves_its_sheets(images: Path, tmp_path: Path) -> None:
     evals = {"attention": {"count": 2}, "patch_pca": {"count": 2}, "neighbours": {"count": 2}, "rank": {}}
     folder = train(tiny_recipe(images, tmp_path / "run", evals=evals))
+    assert "collapse" not in (folder / "train.log").read_text(encoding="utf-8")
     for name in ("attention", "patch_pca", "neighbours"):
         files = sorted(folder.rglob(f"*{name}*.png"))
         assert len(files) == 2, "at the start and at the end"

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import TINY_ENCODER, write_images
+from test_judging_faults import nameless
 
 from ssl_vit.config import InputError, check
-from ssl_vit.evaluation.base import first_by_key, split_by_key
+from ssl_vit.evaluation.base import Subset, first_by_key, held_count, hold_out, split_by_key
 from ssl_vit.recipe import DataSection, EvaluationRecipe, TransferRecipe, check_recipe
 from ssl_vit.run import evaluate
-from ssl_vit.splits import open_sets
+from ssl_vit.splits import open_data, open_sets
 from ssl_vit.transfer import transfer
 
 DATA = {"mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 1.0}
@@ -77,25 +78,52 @@ def test_what_is_not_at_hand(folders: dict[str, Path], tmp_path: Path) -> None:
     assert result["means"]["all"]["sets"] == 2
     assert "nowhere" in result["sets"]["gone"]["absent"]
     assert "| gone | other | not at hand, not verified |" in (tmp_path / "run" / "transfer.md").read_text()
-    with pytest.raises(InputError, match=r"sets\.gone: "):
-        transfer(recipe({"gone": tmp_path / "nowhere"}, tmp_path / "none", missing="skip"))
+    gone = {"name": "gone", "train": "nowhere", "val": "nowhere", "hf": "some/body"}
+    with pytest.raises(InputError, match=r"sets\.gone: .*nowhere.*; it is some/body on the Hugging Face Hub"):
+        transfer(recipe({}, tmp_path / "none", missing="skip", sets=[gone]))
 
 
 def test_a_limited_training_set(folders: dict[str, Path], tmp_path: Path) -> None:
-    """So many images, whatever the packing; with a sweep a fifth of them chooses: VTAB's 800 and 200."""
+    """So many images, whatever the packing; with a sweep a fifth of them chooses."""
     spec = f"folder:{folders['three']}"
     sets = open_sets(DataSection(probe=spec, val=spec, probe_images=20))
     assert sets.probe is not None
     assert sets.val is not None
     assert len(sets.probe.samples) == 20 < len(sets.val.samples) == 30
     assert "training on 20 images" in sets.rule
-    fitting, selection = split_by_key(sets.probe, 0.2)
-    assert len(fitting.samples) + len(selection.samples) == 20
-    assert 3 <= len(selection.samples) <= 5, "a fifth, rounded in each class"
+    fitting, selection = hold_out(sets.probe, 0.2)
+    assert (len(fitting.samples), len(selection.samples)) == (16, 4)
     whole = open_sets(DataSection(probe=spec, val=spec)).probe
     assert whole is not None
     keys = {whole.index.key(int(s)) for s in first_by_key(whole, 20).samples}
     assert keys == {sets.probe.index.key(int(s)) for s in sets.probe.samples}
+
+
+@pytest.fixture(scope="module")
+def many_classes(tmp_path_factory: pytest.TempPathFactory) -> Subset:
+    """1,000 samples of 400 classes, none to 9 of each, as a draw of a set with that many classes has."""
+    labels = np.random.default_rng(0).integers(0, 400, 1000)
+    path = tmp_path_factory.mktemp("many") / "shard.tar"
+    return Subset.all(open_data(DataSection(), str(nameless(path, labels.tolist()))))
+
+
+def test_a_fifth_chooses_however_many_classes(many_classes: Subset) -> None:
+    """VTAB's 800 and 200; a function of the keys; no class is lost from those that are trained on."""
+    fitting, selection = hold_out(many_classes, 0.2)
+    assert (len(fitting.samples), len(selection.samples)) == (800, 200)
+    assert not set(fitting.samples) & set(selection.samples)
+    assert set(fitting.labels) == set(many_classes.labels)
+    backwards, again = hold_out(Subset(many_classes.index, many_classes.samples[::-1].copy()), 0.2)
+    assert set(again.samples) == set(selection.samples)
+    assert set(backwards.samples) == set(fitting.samples)
+    assert np.bincount(selection.labels).max() <= 2, "a fifth of the largest class"
+    assert held_count(np.arange(5), 0.2) == 0, "of one sample a class none can be spared"
+
+
+def test_of_classes_of_one_size_each_gives_the_same(folders: dict[str, Path]) -> None:
+    everything = Subset.all(open_data(DataSection(), f"folder:{folders['three']}"))
+    for ours, stratified in zip(hold_out(everything, 0.2), split_by_key(everything, 0.2), strict=True):
+        assert ours.samples.tolist() == stratified.samples.tolist()
 
 
 def test_sets_have_names_of_their_own(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from ssl_vit.evaluation.features import outputs
 class Accuracy(Evaluation):
     """Share of ``data.val`` whose label is the classifier's first prediction, or among its first five; centre crops."""
 
+    call = "predict"
     protocol = "the trained classifier on centre crops of data.val"
 
     def __call__(self, subject: Subject) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,13 +66,39 @@ def split_by_key(subset: Subset, share: float) -> tuple[Subset, Subset]:
         subset: labelled samples.
         share: of each class that goes to the second part, at least one sample of a class with two or more.
     """
-    order = _by_key(subset)
-    labels = subset.labels
-    second = np.zeros(len(labels), dtype=bool)
-    for label in np.unique(labels):
-        members = [i for i in order if labels[i] == label]
-        count = min(max(round(len(members) * share), 1), len(members) - 1)
-        second[members[:count]] = True
+    order, ranks, sizes = _in_classes(subset)
+    return _parts(subset, order[ranks < np.minimum(np.maximum(np.rint(sizes * share), 1), sizes - 1)])
+
+
+def hold_out(subset: Subset, share: float) -> tuple[Subset, Subset]:
+    """As :func:`split_by_key`, but the second part has the share of the whole set, whatever the classes' sizes.
+
+    Of two classes the larger gives more, a class of few samples perhaps none, and each keeps one in the first part.
+    """
+    order, ranks, sizes = _in_classes(subset)
+    spare = np.flatnonzero(ranks < sizes - 1)
+    first = np.argsort((ranks[spare] + 0.5) / sizes[spare], kind="stable")
+    return _parts(subset, order[spare[first[: held_count(subset.labels, share)]]])
+
+
+def held_count(labels: np.ndarray, share: float) -> int:
+    """How many samples of a set with these labels :func:`hold_out` gives to the second part."""
+    return min(round(len(labels) * share), len(labels) - len(np.unique(labels)))
+
+
+def _in_classes(subset: Subset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of the samples of a set in the order of :func:`_by_key`: places, ranks within their classes, sizes of those."""
+    order = np.array(_by_key(subset), dtype=np.int64)
+    _, numbers, sizes = np.unique(subset.labels[order], return_inverse=True, return_counts=True)
+    ranks = np.empty_like(order)
+    ranks[np.argsort(numbers, kind="stable")] = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return order, ranks, sizes[numbers]
+
+
+def _parts(subset: Subset, places: np.ndarray) -> tuple[Subset, Subset]:
+    """A set without the samples at some places, and those samples, both in the set's own order."""
+    second = np.zeros(len(subset.samples), dtype=bool)
+    second[places] = True
     return Subset(subset.index, subset.samples[~second]), Subset(subset.index, subset.samples[second])
 
 
@@ -176,6 +203,9 @@ class Evaluation:
     labelled = True
     """Whether it needs ``data.val``."""
 
+    call: str | None = None
+    """What it asks of an objective that an encoder alone has not, of :data:`ssl_vit.objectives.base.CALLS`."""
+
     protocol = ""
     """What is measured and what chose anything that was chosen, for result.json."""
 
@@ -185,6 +215,10 @@ class Evaluation:
         Raises:
             InputError: saying why.
         """
+
+    def design(self, probe: Subset, seed: int) -> dict[str, Any]:
+        """What beside the protocol decides its numbers, for result.json: sizes of the parts of ``probe``, seeds."""
+        return {}
 
     def __call__(self, subject: Subject) -> dict[str, float]:
         """Numbers by name, without the evaluation's own name; the same on every process."""

@@ -51,6 +51,7 @@ class Codebook(Evaluation):
     """
 
     labelled = False
+    call = "predict"
 
     def __init__(self, images: int = 10_000, warn_usage: float = 0.5, warn_perplexity: float = 0.1) -> None:
         if images < 1:

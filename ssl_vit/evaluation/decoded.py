@@ -26,6 +26,7 @@ class Decoded(Evaluation):
     """
 
     labelled = False
+    call = "predict"
 
     def __init__(self, count: int = 8, images: int = 2048) -> None:
         for name, value in (("count", count), ("images", images)):

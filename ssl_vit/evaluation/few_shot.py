@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,6 +48,10 @@ class FewShot(Evaluation):
                 "allowed: up to that"
             )
 
+    def design(self, probe: Subset, seed: int) -> dict[str, Any]:
+        """The seeds of the draws."""
+        return {"seeds": self._seeds(seed)}
+
     def __call__(self, subject: Subject) -> dict[str, float]:
         """``top1`` and for each number of shots ``top1_shotsN``, with the ``spread_shotsN`` over draws.
 
@@ -57,12 +62,11 @@ class FewShot(Evaluation):
         results, mean, spread = {}, 0.0, 0.0
         for shots in self.shots:
             accuracies = []
-            for draw in range(self.draws):
-                chosen = self._draw(labels.cpu(), shots, subject.seed + draw)
+            for seed in self._seeds(subject.seed):
+                chosen = self._draw(labels.cpu(), shots, seed)
                 folds = min(5, shots)
-                penalties = self.penalties if folds > 1 else self.penalties[:1]
                 classifier, _ = fit_selected(
-                    features[chosen], labels[chosen], subject.num_classes, penalties, folds, subject.seed, rounds=folds
+                    features[chosen], labels[chosen], subject.num_classes, self.penalties, folds, subject.seed, folds
                 )
                 accuracies.append(classifier.accuracy(queries, expected))
             mean = statistics.fmean(accuracies)
@@ -70,6 +74,9 @@ class FewShot(Evaluation):
             results |= {f"top1_shots{shots}": mean, f"spread_shots{shots}": spread}
         error = math.sqrt(spread**2 / self.draws + mean * (1 - mean) / len(expected))
         return {"top1": mean, "standard_error": error} | results
+
+    def _seeds(self, seed: int) -> list[int]:
+        return [seed + draw for draw in range(self.draws)]
 
     def _draw(self, labels: torch.Tensor, shots: int, seed: int) -> torch.Tensor:
         noise = torch.rand(len(labels), generator=torch.Generator().manual_seed(seed))

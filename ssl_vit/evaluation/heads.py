@@ -10,6 +10,7 @@ from ssl_vit.evaluation.features import outputs
 class Heads(Evaluation):
     """Share of ``data.val`` that each classifier of ``objective.name=probe`` gets right; centre crops."""
 
+    call = "decide"
     protocol = (
         "each classifier on centre crops of data.val; top1 is the best of them on data.val itself, as the published "
         "protocols with several have it: with many classifiers that flatters, evals.sweep does not"

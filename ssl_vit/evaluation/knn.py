@@ -13,6 +13,9 @@ from ssl_vit.evaluation.base import Evaluation, Subject, standard_error
 
 logger = logging.getLogger(__name__)
 
+BLOCK = 65_536
+"""Images that vote compared at once: with a chunk of 1,024, 256 MB of similarities, however many vote."""
+
 
 class KNN(Evaluation):
     """Top-1 of a weighted vote of the k most similar probe images: cosine similarity, weights exp(similarity / T).
@@ -79,17 +82,35 @@ def knn_correct(
     Returns:
         int64 (len(ks),).
     """
-    bank = F.normalize(bank, dim=1)
     correct = torch.zeros(len(ks), dtype=torch.int64, device=bank.device)
     for start in range(0, len(queries), chunk):
-        similarity = F.normalize(queries[start : start + chunk], dim=1) @ bank.T
-        if own is not None:
-            some = own[start : start + chunk]
-            rows = (some >= 0).nonzero().flatten()
-            similarity[rows, some[rows]] = -torch.inf
-        values, neighbours = similarity.topk(max(ks), dim=1)
+        some = own[start : start + chunk] if own is not None else None
+        values, neighbours = nearest(bank, F.normalize(queries[start : start + chunk], dim=1), max(ks), some)
         weights, classes = (values / temperature).exp(), bank_labels[neighbours]
         for i, k in enumerate(ks):
             votes = weights.new_zeros((len(values), num_classes)).scatter_add_(1, classes[:, :k], weights[:, :k])
             correct[i] += (votes.argmax(dim=1) == labels[start : start + chunk]).sum()
     return correct
+
+
+def nearest(bank: Tensor, queries: Tensor, k: int, own: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The k largest cosines of each query with the bank, descending, and their places in it; (m, k) each.
+
+    Args:
+        bank: (n, D), of any length.
+        queries: (m, D), of length 1.
+        k: at most n.
+        own: see :func:`knn_correct`.
+    """
+    values, places = queries.new_zeros((len(queries), 0)), torch.zeros_like(queries[:, :0], dtype=torch.int64)
+    for start in range(0, len(bank), BLOCK):
+        similarity = queries @ F.normalize(bank[start : start + BLOCK], dim=1).T
+        if own is not None:
+            rows = ((own >= start) & (own < start + similarity.shape[1])).nonzero().flatten()
+            similarity[rows, own[rows] - start] = -torch.inf
+        largest, where = similarity.topk(min(k, similarity.shape[1]), dim=1)
+        values, places = torch.cat([values, largest], dim=1), torch.cat([places, where + start], dim=1)
+        if start:  # the largest of those so far, in order
+            values, order = values.topk(min(k, values.shape[1]), dim=1)
+            places = places.gather(1, order)
+    return values, places

@@ -121,6 +121,12 @@ def stratified_folds(labels: Tensor, folds: int, generator: torch.Generator) -> 
     return assigned
 
 
+def first_fold(labels: Tensor, penalties: Sequence[float], folds: int) -> int:
+    """How many images are held out of the first fit; 0 with one image a class, or one penalty."""
+    counts = labels.bincount()
+    return int((-(-counts // folds)).sum()) if len(penalties) > 1 and counts.max() > 1 else 0
+
+
 def fit_selected(
     features: Tensor,
     labels: Tensor,
@@ -131,6 +137,8 @@ def fit_selected(
     rounds: int = 1,
 ) -> tuple[Classifier, float]:
     """Choose the penalty on held-out folds of the training set, then fit all of it.
+
+    Where nothing can be held out (:func:`first_fold`) it is the largest.
 
     Args:
         features: (n, D).
@@ -145,8 +153,8 @@ def fit_selected(
         The classifier and the chosen penalty, the largest of equally good ones.
     """
     penalties = sorted(penalties, reverse=True)
-    if len(penalties) == 1:
-        return fit_path(features, labels, num_classes, penalties)[0], penalties[0]
+    if not first_fold(labels, penalties, folds):
+        return fit_path(features, labels, num_classes, penalties[:1])[0], penalties[0]
     assigned = stratified_folds(labels.cpu(), folds, torch.Generator().manual_seed(seed)).to(labels.device)
     scores = torch.zeros(len(penalties), dtype=torch.float64)
     for fold in range(rounds):

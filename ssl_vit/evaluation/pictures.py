@@ -27,6 +27,7 @@ class Pictures(Evaluation):
     """
 
     labelled = False
+    call = "pictures"
 
     def __init__(self, count: int = 8) -> None:
         if count < 1:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from ssl_vit.config import InputError
 from ssl_vit.data.order import derive_seed
 from ssl_vit.data.views import CropView
 from ssl_vit.encoders.base import Tokens
-from ssl_vit.evaluation.base import Evaluation, Subject, Subset, split_by_key, standard_error
+from ssl_vit.evaluation.base import Evaluation, Subject, Subset, held_count, hold_out, standard_error
 from ssl_vit.evaluation.features import outputs
 from ssl_vit.evaluation.linear_heads import Choice, LinearHeads
 from ssl_vit.modules.pools import check_pools, side_by_side
@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 RATES = [0.003, 0.01, 0.03, 0.1, 0.3, 1.0]
 DECAYS = [0.0, 1e-3, 1e-1]
+HELD = 0.2
+"""Share of the training set that chooses."""
 
 
 class Sweep(Evaluation):
@@ -78,16 +80,21 @@ class Sweep(Evaluation):
         self.parts: tuple[str, ...] = ()
 
     def check(self, probe: Subset | None) -> None:
-        """Something must be left to choose on."""
-        if probe is not None and len(split_by_key(probe, 0.2)[1].samples) < 2:
+        """Two images at least must be left to choose on."""
+        if probe is not None and held_count(probe.labels, HELD) < 2:
             raise InputError(
                 f"evals.sweep: {len(probe.samples)} labelled images of {len(np.unique(probe.labels))} classes leave "
-                "none to choose on; give two or more of a class (data.probe), or take evals.knn"
+                "too few to choose on; give more, two or more of a class (data.probe), or take evals.knn"
             )
+
+    def design(self, probe: Subset, seed: int) -> dict[str, Any]:
+        """How many images train the grid, and how many choose from it."""
+        selection = held_count(probe.labels, HELD)
+        return {"fit": len(probe.samples) - selection, "selection": selection}
 
     def __call__(self, subject: Subject) -> dict[str, float]:
         """``top1``, its ``standard_error``, ``selection_top1`` and what was chosen."""
-        fitting, selection = split_by_key(subject.subset("probe"), 0.2)
+        fitting, selection = hold_out(subject.subset("probe"), HELD)
         trained, labels = self._features(subject, fitting, self.views)
         held, held_labels = self._features(subject, selection, 0)
         columns = self._columns()
