@@ -27,6 +27,7 @@ class ShardImages:
         self.labels = [-1] * len(self._index) if labels == "none" else self._index.samples["label"].tolist()
         self.skipped: list[str] = []
         self.ignored: list[str] = []
+        self.repeated: list[str] = []
 
     def __len__(self) -> int:
         return len(self._index)
