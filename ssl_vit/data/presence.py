@@ -15,18 +15,26 @@ if TYPE_CHECKING:
     from ssl_vit.data.index import Index
 
 
-def check_shards(index: Index, folder: Path, cure: str) -> None:
+def make_anew(place: str, kept: str = "FOLDER") -> str:
+    """How to make the index of a folder or URL again; that of a URL is ``kept`` elsewhere, to be read there."""
+    out = f" out={kept}, and use data.train={kept}" if is_url(place) else ""
+    return f"make it anew: python pipelines/index.py {place}{out}"
+
+
+def check_shards(index: Index, folder: Path) -> None:
     """Compare every shard's length with its index, and the tars beside an index with its list.
 
     Args:
         index: of local or remote shards.
         folder: where the index lies.
-        cure: what to do about an index that is wrong.
 
     Raises:
         InputError: shards are missing, have changed, or are not in the index.
         ReadError: a server does not answer.
     """
+    first = index.path(0) if index.shards else ""
+    elsewhere = is_url(first) and not is_url(index.root)
+    cure = make_anew(first.rpartition("/")[0], str(folder)) if elsewhere else make_anew(index.root)
     missing, refused, changed = [], [], []
     numbers = range(len(index.shards))
     remotes = [number for number in numbers if is_url(index.path(number))]
