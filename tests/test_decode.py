@@ -3,6 +3,7 @@ import struct
 import threading
 import warnings
 import zlib
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 import numpy as np
@@ -146,6 +147,17 @@ def test_transparency_is_composited_quietly(mode, background, recwarn):
     assert not near(colour(pixels, 0.5, 0.25), background, 1)
     grey = Image.new("RGB", (1, 1), background).convert("L").getpixel((0, 0))
     assert colour(decode(data, 1, background), 0.5, 0.75) == [grey]
+    assert not recwarn.list
+
+
+def test_palette_of_mixed_alpha_is_blended_quietly(recwarn):
+    """B34: an alpha for each entry of the palette, as bytes."""
+    alphas = (0, 51, 128, 204, 255)
+    image = Image.frombytes("P", (5, 1), bytes(range(5)))
+    image.putpalette([200, 100, 0] * 5)
+    data = saved(image, "PNG", transparency=bytes(alphas))
+    blended = [[round(c * a / 255 + 255 * (1 - a / 255)) for c in (200, 100, 0)] for a in alphas]
+    np.testing.assert_allclose(decode(data)[:, 0].T.numpy(), blended, atol=1)
     assert not recwarn.list
 
 
@@ -378,6 +390,71 @@ def test_what_is_no_image_is_a_bad_sample(case, in_chans):
     assert "0x7" not in str(caught.value)
     with pytest.raises(BadSample, match=reason):
         inspect(data)
+
+
+def odd_images() -> Iterator[tuple[str, bytes, int]]:
+    """Names, files and the channels that all of a file becomes, good ones and bad ones."""
+    for name, (data, _) in BROKEN.items():
+        yield name, data, 3
+    for kind, modes in {"JPEG": ["RGB", "L", "CMYK"], "PNG": ["RGBA", "LA", "P", "1", "I;16"], "TIFF": ["RGB", "F"],
+                        "WEBP": ["RGBA"], "GIF": ["P"], "BMP": ["1"], "PPM": ["L"]}.items():  # fmt: skip
+        for mode in modes:
+            data = saved(picture().convert("L" if mode == "I;16" else "RGB").convert(mode), kind)
+            for length in (len(data), len(data) - 9, len(data) // 2, 40):
+                yield f"{kind} {mode}, {length} bytes", data[:length], 3
+    values = np.random.default_rng(0).integers(0, 255, (6, 12, 9))
+    for depth in ("u1", "i1", "u2", "f4"):
+        for channels in range(2, 7):
+            array, name = values[:channels].astype(depth), f"{channels} x {depth}"
+            yield f"npy {name}", npy(array), channels
+            yield f"pages {name}", tiff(array), channels
+            for planes in ("separate", "contig"):
+                for colours, photometric in ((1, "minisblack"), (3, "rgb")):
+                    if channels > colours:
+                        settings = {"planarconfig": planes, "extrasamples": (0,) * (channels - colours)}
+                        bands = array if planes == "separate" else array.transpose(1, 2, 0).copy()
+                        for compression in (None, "zlib"):
+                            data = tiff(bands, photometric, compression=compression, **settings)
+                            yield f"tiff {name} {planes} {photometric} {compression}", data, channels
+                            yield f"cut tiff {name} {planes} {photometric} {compression}", data[:-40], channels
+    grey = [picture().convert("L")] * 4
+    yield "LZW pages", saved(grey[0], "TIFF", save_all=True, append_images=grey[1:], compression="tiff_lzw"), 4
+    yield "not finite", npy(np.full((8, 9, 5), np.nan)), 5
+    yield "not finite pages", tiff(np.full((5, 8, 9), np.inf, "f4")), 5
+
+
+def refuses(look: Callable, *words) -> bool:
+    try:
+        look(*words)
+    except BadSample:
+        return True
+    return False
+
+
+def test_what_training_would_not_decode_is_not_inspected_as_good():
+    outcomes = {
+        name: (refuses(decode, data, in_chans), refuses(inspect, data)) for name, data, in_chans in odd_images()
+    }
+    assert {name: refused for name, refused in outcomes.items() if refused[0] != refused[1]} == {}
+    assert 40 < sum(refused for refused, _ in outcomes.values()) < len(outcomes) - 100
+
+
+@pytest.mark.parametrize(
+    ("data", "mode"),
+    [
+        (tiff(np.zeros((8, 12, 5), np.uint8), "rgb", planarconfig="contig", extrasamples=(0, 0)), "5xuint8"),
+        (tiff(np.zeros((5, 8, 12), np.uint8), planarconfig="separate", compression="zlib"), "5xuint8"),
+        (tiff(np.zeros((3, 8, 12), np.uint16), planarconfig="separate"), "3xuint16"),
+        (tiff(np.zeros((4, 8, 12), np.uint8)), "4 pages of L"),
+        (tiff(np.zeros((2, 8, 12, 3), np.uint8), "rgb"), "2 pages of RGB"),
+        (npy(np.zeros((5, 8, 12), np.uint16)), "5xuint16"),
+        (npy(np.zeros((8, 12, 5), np.uint16)), "5xuint16"),
+        (saved(Image.new("RGBA", (12, 8)), "TIFF"), "RGBA"),
+    ],
+)
+def test_modes_say_all_that_a_file_holds(data, mode):
+    """Pillow opens the first ones as RGB and L."""
+    assert inspect(data)[1:] == inspect(data, full=False)[1:] == (mode, 8, 12)
 
 
 @pytest.mark.parametrize("settings", [{}, {"progressive": True}, {"restart_marker_rows": 1}])

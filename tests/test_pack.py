@@ -23,7 +23,8 @@ from ssl_vit.data.reader import Reader, ReadError
 from ssl_vit.data.tars import scan_shard
 from ssl_vit.data.verify import verify
 
-CIFAR = Path(__file__).parents[2] / "shared" / "data" / "cifar10.tar"
+ROOT = Path(__file__).parents[1]
+CIFAR = ROOT.parent / "shared" / "data" / "cifar10.tar"
 
 
 def png(colour: tuple[int, int, int] = (0, 0, 0), kind: str = "PNG") -> bytes:
@@ -176,21 +177,48 @@ def test_hidden_and_tool_files_are_no_class(tmp_path, capsys):
     assert "._1.jpg" in capsys.readouterr().out
 
 
+PACK_AND_READ = """
+import sys
+from pathlib import Path
+from ssl_vit.data.bad_samples import BadSamples
+from ssl_vit.data.commands import pack_main
+from ssl_vit.data.loader import EvalBatches, Pixels
+from ssl_vit.data.sources import open_source
+from ssl_vit.data.views import CentreView
+tree, out, foreign = sys.argv[1:]
+pack_main([tree, out, "max_refused=0.5", "verify=no"])
+for shards in (out, foreign):
+    index = open_source(shards)
+    view, pixels = CentreView((8, 8), 1.0, "bicubic"), Pixels((0.5,) * 3, (0.5,) * 3)
+    batch, reports = EvalBatches(index, range(len(index)), view, pixels, 16)[0]
+    BadSamples(Path(out + ".jsonl"), 1.0)(reports)
+"""
+
+
 def test_names_that_are_not_utf8(tmp_path):
-    """B11: under LANG=C as well."""
-    names = ["a/caf\udce9.png", "b/naïve é 日本 🎈.png", f"b/{'x' * 240}.png", "caf\udce9/broken.png"]
-    good = [*names[:3], "caf\udce9/ok.png", "é/2.png"]
-    tree = write(tmp_path / "images", {**dict.fromkeys(good, png()), names[3]: b""})
-    command = [sys.executable, "pipelines/pack.py", str(tree), str(tmp_path / "shards"), "max_refused=0.5"]
+    """B11: packed and read, bad samples named, under LANG=C as well."""
+    names = [
+        "a/caf\udce9.png",
+        "b/naïve é 日本 🎈.png",
+        f"b/{'x' * 240}.png",
+        "caf\udce9/broken.png",
+        "caf\udce9/cut.png",
+    ]
+    good, cut = [*names[:3], "caf\udce9/ok.png", "é/2.png"], png()[:45]
+    tree = write(tmp_path / "images", {**dict.fromkeys(good, png()), names[3]: b"", names[4]: cut})
+    write_tar(tmp_path / "f.tar", [("caf\udce9.png", cut), ("日本.png", png())], tarfile.GNU_FORMAT)
+    words = [str(tree), str(tmp_path / "shards"), str(tmp_path / "f.tar")]
     environment = {**os.environ, "LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, capture_output=True)
+    done = subprocess.run([sys.executable, "-c", PACK_AND_READ, *words], cwd=ROOT, env=environment, capture_output=True)
     assert done.returncode == 0, done.stderr
-    index = read_index(tmp_path / "shards")
-    assert sorted(paths_of(tmp_path / "shards")) == sorted(
-        ["a/caf\\xe9.png", names[1], names[2], "caf\\xe9/ok.png", "é/2.png"]
-    )
+    index, paths = read_index(tmp_path / "shards"), paths_of(tmp_path / "shards")
+    wanted = ["a/caf\\xe9.png", names[1], names[2], "caf\\xe9/cut.png", "caf\\xe9/ok.png", "é/2.png"]
+    assert sorted(paths) == sorted(wanted)
     assert index.classes == ["a", "b", "caf\\xe9", "é"]
-    assert all(index.key(i).isascii() for i in range(5))
+    keys = [index.key(i) for i in range(6)]
+    assert all(key.isascii() for key in keys)
+    bad = [json.loads(line)["name"] for line in (tmp_path / "shards.jsonl").read_text().splitlines()]
+    assert bad == [f"shard-000000.tar: key {keys[paths.index(wanted[3])]}", "f.tar: key caf\\xe9"]
 
 
 def save_dataset(folder: Path, columns: dict, features: dict) -> str:
@@ -275,12 +303,65 @@ def test_labels_need_two_folders_that_hold_all_images(tmp_path):
     assert not read_index(tmp_path / "4").labelled
 
 
+def test_the_limit_of_pixels_is_that_of_the_options(tree, tmp_path):
+    """B41."""
+    with pytest.raises(InputError, match="has 4 x 4 pixels, more than max_pixels=15"):
+        pack(str(tree), tmp_path / "shards", max_pixels=15)
+
+
 def test_links_to_folders_are_followed_once(tmp_path):
     tree = write(tmp_path / "images", {"a/1.png": png(), "b/2.png": png()})
     (tree / "a" / "up").symlink_to(tree)
     write(tmp_path / "elsewhere", {"3.png": png()})
     (tree / "c").symlink_to(tmp_path / "elsewhere")
     assert pack(str(tree), tmp_path / "shards")["packed"] == 3
+
+
+def test_a_link_never_takes_the_place_of_its_folder(tmp_path, capsys):
+    tree = write(tmp_path / "images", {"y/1.png": png(), "z/2.png": png(), "z/in/3.png": png()})
+    write(tmp_path / "elsewhere", {"deep/4.png": png()})
+    for link, target in {"aa": "z", "y/below": "../z/in", "c": "../elsewhere", "b": "../elsewhere/deep"}.items():
+        (tree / link).symlink_to(target)
+    summary = pack(str(tree), tmp_path / "shards")
+    assert sorted(paths_of(tmp_path / "shards")) == ["b/4.png", "y/1.png", "z/2.png", "z/in/3.png"]
+    assert (summary["classes"], summary["repeated"]) == (["b", "y", "z"], 3)
+    assert "links    aa -> z, c/deep -> b, y/below -> z/in: not followed" in capsys.readouterr().out
+
+
+def test_what_cannot_be_entered_is_refused_by_name(tmp_path, monkeypatch):
+    tree = write(tmp_path / "images", {"a/1.png": png(), "b/2.png": png(), "c/3.png": png()})
+    (tree / "a" / "loop.png").symlink_to("loop.png")
+    (tree / "b" / "loop").symlink_to("loop")
+
+    def scandir(path):
+        if getattr(path, "name", "") == "c":
+            raise PermissionError(13, "Permission denied")
+        return scan(path)
+
+    scan = os.scandir
+    monkeypatch.setattr("ssl_vit.data.images.os.scandir", scandir)
+    summary = pack(str(tree), tmp_path / "shards", max_refused=0.5)
+    assert (summary["packed"], summary["refused"], summary["skipped"]) == (2, 2, 1)
+    assert summary["classes"] == ["a", "b", "c"]
+    lines = [json.loads(line) for line in (tmp_path / "shards" / "refused.jsonl").read_text().splitlines()]
+    reasons = {line["path"]: line["refused"] for line in lines}
+    assert reasons.keys() == {"a/loop.png", "c/"}
+    assert reasons["a/loop.png"] == "Too many levels of symbolic links"
+    monkeypatch.setattr("ssl_vit.data.images.os.scandir", lambda path: scandir(Path("c")))
+    with pytest.raises(InputError, match="images: cannot be read: Permission denied"):
+        pack(str(tree), tmp_path / "none")
+
+
+def test_images_that_nothing_here_decodes_are_refused(tmp_path):
+    """B03: they claim to be images, so they count."""
+    heic = b"\0\0\0\x18ftypheic" + bytes(99)
+    scan = png(kind="TIFF")
+    files = {f"{i}.HEIC": heic for i in range(9)} | {"raw.nef": scan, "good.png": png(), "renamed.heic": png()}
+    tree = write(tmp_path / "images", files)
+    with pytest.raises(InputError, match=r"10 of 12 images refused .*is a heic file, which is not decoded here; conv"):
+        pack(str(tree), tmp_path / "shards")
+    assert len((tmp_path / "shards.refused.jsonl").read_text().splitlines()) == 10
+    assert pack(str(tree), tmp_path / "shards", max_refused=0.9)["packed"] == 2
 
 
 @pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])

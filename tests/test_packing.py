@@ -9,10 +9,12 @@ import os
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ import datasets
 import numpy as np
 import psutil
 import pytest
+import tifffile
 import torch
 from conftest import ROOT, in_process
 from PIL import Image
@@ -31,13 +34,16 @@ from ssl_vit.data import pack as pack_module
 from ssl_vit.data.decode import decode
 from ssl_vit.data.images import open_images
 from ssl_vit.data.index import build_index, read_index
+from ssl_vit.data.loader import Pixels, TrainBatches
 from ssl_vit.data.mixing import ENOUGH, mixing
+from ssl_vit.data.order import Order, Stream
 from ssl_vit.data.pack import pack
 from ssl_vit.data.processes import spread
 from ssl_vit.data.reader import Reader
 from ssl_vit.data.sources import open_source
 from ssl_vit.data.tars import ShardWriter, member_name
 from ssl_vit.data.verify import verify
+from ssl_vit.data.views import CropView
 
 
 def encoded(pixels: np.ndarray, kind: str = "PNG", **settings: Any) -> bytes:
@@ -51,6 +57,12 @@ def noise(height: int, width: int, *channels: int, seed: int = 0) -> np.ndarray:
     shape = (height, width, *channels)
     ramp = np.linspace(0, 200, width)[None, :, *(None for _ in channels)]
     return (ramp + np.random.default_rng(seed).integers(0, 50, shape)).astype(np.uint8)
+
+
+def bands(photometric: str, pixels: np.ndarray, **settings: Any) -> bytes:
+    """A TIFF of many bands or pages."""
+    tifffile.imwrite(file := io.BytesIO(), pixels, photometric=photometric, **settings)
+    return file.getvalue()
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -447,6 +459,8 @@ def test_only_larger_images_are_encoded_again(tmp_path: Path, capsys: pytest.Cap
         "small.jpg": encoded(noise(48, 300, 3), "JPEG", exif=exif),
         "alpha.png": encoded(noise(100, 100, 4)),
         "deep.png": file.getvalue(),
+        "bands.tif": bands("rgb", noise(64, 64, 5), extrasamples=(0, 0)),
+        "pages.tif": bands("minisblack", noise(4, 64, 64)),
     }
     pack(str(write(tmp_path / "images", large | kept)), tmp_path / "out", resize=48, quality=85)
     packed = {path: data for path, _, data in facts(tmp_path / "out")}
@@ -462,12 +476,13 @@ def test_only_larger_images_are_encoded_again(tmp_path: Path, capsys: pytest.Cap
         assert (expected - after).abs().mean() < 8, "the same pixels, turned once"
     printed = capsys.readouterr().out
     assert "resized  4 images to 48 pixels, re-encoded as JPEG, which loses detail for good" in printed
-    assert "2 others copied" in printed
+    assert "4 others copied" in printed
+    assert "1 5xuint8, 1 4 pages of L" in printed
     assert "prefer resize=384 to 512 for MAE and BEiT" in printed
     index = read_index(tmp_path / "out")
     names = [member_name(Path(index.path(0)), int(header)) for header in index.samples["header"]]
-    assert sorted(name.rpartition(".")[2] for name in names) == ["jpg"] * 5 + ["png"] * 2
-    assert pack(str(tmp_path / "images"), tmp_path / "as-they-are")["short_sides"] == {"32-63": 1, "64-127": 6}
+    assert sorted(name.rpartition(".")[2] for name in names) == ["jpg"] * 5 + ["png"] * 2 + ["tif"] * 2
+    assert pack(str(tmp_path / "images"), tmp_path / "as-they-are")["short_sides"] == {"32-63": 1, "64-127": 8}
     assert {path: data for path, _, data in facts(tmp_path / "as-they-are")} == large | kept
     assert "resized" not in capsys.readouterr().out
 
@@ -518,6 +533,39 @@ def test_index_and_verify_name_every_bad_shard(tree: Path, tmp_path: Path) -> No
             assert any(f"shard-00000{number}.tar" in line for line in findings) == (number in (1, 3))
         with pytest.raises(InputError, match=r"shard-000001\.tar.*; .*shard-000003\.tar: is not a tar"):
             build_index(sorted(out.glob("*.tar")), out, workers=workers)
+
+
+def test_a_shard_of_equal_length_with_other_images_is_refused(tmp_path: Path) -> None:
+    """A tar's length is a multiple of 10,240 bytes, so it says little."""
+    for name, first in (("one", 0), ("two", 100)):
+        files = {f"{i}.png": encoded(noise(20, 20, seed=first + i)) for i in range(30)}
+        pack(str(write(tmp_path / f"{name}-images", files)), tmp_path / name, maxcount=10)
+    shard = "shard-000001.tar"
+    assert (tmp_path / "one" / shard).stat().st_size == (tmp_path / "two" / shard).stat().st_size
+    shutil.copy(tmp_path / "two" / shard, tmp_path / "one" / shard)
+    for spec in ("one", "one/shard-{000000..000001}.tar"):
+        with pytest.raises(InputError, match=rf"1 of \d shards hold other images than the index says: .*{shard}; copy"):
+            open_source(str(tmp_path / spec))
+    assert any(f"{shard}: its bytes have changed" in line for line in verify(tmp_path / "one"))
+    assert len(open_source(str(tmp_path / "two"))) == 30
+
+
+def test_large_small_and_long_images_among_others(tmp_path: Path) -> None:
+    """B41: what is too large is refused by name, and all others become views."""
+    header = bytearray(encoded(noise(4, 4)))
+    header[16:24] = struct.pack(">II", 20_000, 20_000)
+    header[29:33] = struct.pack(">I", zlib.crc32(header[12:29]))
+    sizes = {"strip": (40, 30_000), "tower": (30_000, 40), "dot": (1, 1), **{f"n{i}": (50, 60) for i in range(6)}}
+    files = {f"{name}.png": encoded(np.full(size, 7, np.uint8)) for name, size in sizes.items()}
+    summary = pack(str(write(tmp_path / "images", files | {"scan.png": bytes(header)})), tmp_path / "out")
+    assert (summary["packed"], summary["short_sides"]) == (9, {"0-31": 1, "32-63": 8})
+    assert "scan.png" in (refused := (tmp_path / "out" / "refused.jsonl").read_text())
+    assert "has 20000 x 20000 pixels, more than max_pixels=178956970" in refused
+    index = open_source(str(tmp_path / "out"))
+    view, pixels = CropView((32, 32), (0.2, 1.0), (0.75, 1.33), 0.5, "bicubic"), Pixels((0.5,) * 3, (0.25,) * 3)
+    batch, reports = TrainBatches([index], Stream([Order([9], 0, 1, 9)], 0), view, pixels, 0, 9, 9)[0]
+    assert (batch["image"] == 7).all()
+    assert not reports
 
 
 # documentation

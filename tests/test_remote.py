@@ -203,6 +203,74 @@ def test_shards_without_index_are_indexed_once(server: ShardServer, tmp_path: Pa
     assert not list((tmp_path / "cache" / "scanned").glob("*.tar"))
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_an_index_of_other_shards_stands_on_the_server(server: ShardServer, packed: Path, tmp_path: Path) -> None:
+    """What is said at every step leads on to an index that is read."""
+    wanted = contents(open_source(str(packed)))
+    pack(f"shards:{packed}", tmp_path / "others", maxcount=7, seed=3)
+    for name in ("index.json", "index.samples.npy"):
+        shutil.copy(tmp_path / "others" / name, server.folder / name)
+    advised = rf"make it anew: python pipelines/index.py {server.url} out=FOLDER, and use data\.train=FOLDER"
+    with pytest.raises(InputError, match=rf"differ from it: .*{advised}"):
+        open_source(server.url)
+    done = in_process("pipelines/index.py", server.url, "workers=2")
+    assert done.returncode == 0, done.stderr
+    assert f"data.train={server.url} reads another index, which stands beside the shards; out=FOLDER" in done.stdout
+    made = re.search(r"use it as data\.train=(\S+)\n", done.stdout)
+    assert made
+    assert contents(open_source(made[1])) == wanted
+    assert open_source(made[1]).classes == ["class_0", "class_1"]
+    done = in_process("pipelines/index.py", server.url, f"out={tmp_path / 'out'}")
+    assert f"use it as data.train={tmp_path / 'out'}\n" in done.stdout
+    assert contents(open_source(str(tmp_path / "out"))) == wanted
+    (server.folder / SHARD).write_bytes(b"other")
+    anew = rf"make it anew: python pipelines/index.py {server.url} out={tmp_path / 'out'}"
+    with pytest.raises(InputError, match=rf"{SHARD} has 5 bytes instead of .*{anew}"):
+        open_source(str(tmp_path / "out"))
+
+
+def test_sorted_remote_shards_are_told_and_packed_again(server: ShardServer, packed: Path, tmp_path: Path) -> None:
+    done = in_process("pipelines/index.py", server.url)
+    assert f"use it as data.train={server.url}\n" in done.stdout, "the index beside the shards is the same"
+    assert "  mixed    3 stored neighbours hold" in done.stdout
+    pack(f"shards:{server.url}", tmp_path / "again", maxcount=20)
+    pack(f"shards:{packed}", tmp_path / "local", maxcount=20)
+    assert [path.read_bytes() for path in sorted((tmp_path / "again").iterdir())] == [
+        path.read_bytes() for path in sorted((tmp_path / "local").iterdir())
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_remote_shards_are_verified(server: ShardServer, packed: Path, tmp_path: Path) -> None:
+    """Good ones, a shard of other bytes, one that is refused, and an image that does not decode, by name."""
+    for source in (server.url, f"{server.url}/shard-{{000000..000009}}.tar"):
+        done = in_process("pipelines/verify.py", source, "workers=2")
+        assert (done.returncode, done.stdout) == (0, f"{source}: all shards and images are good\n"), done.stderr
+    assert sum(name.endswith(".tar") for name, _, _ in server.gets) == 20, "each once"
+    data = bytearray((server.folder / SHARD).read_bytes())
+    first = int(open_source(str(packed)).samples["offset"][12])
+    data[first : first + 40] = bytes(40)
+    (server.folder / SHARD).write_bytes(data)
+    done = in_process("pipelines/verify.py", server.url)
+    assert done.returncode == 2
+    assert f"bad  {server.url}/{SHARD}: what came is not what the index says" in done.stdout
+    done = in_process("pipelines/index.py", server.url, f"out={tmp_path / 'out'}")
+    assert done.returncode == 0, done.stderr
+    server.always["shard-000004.tar"] = "garbage"
+    done = in_process("pipelines/verify.py", str(tmp_path / "out"), "workers=1")
+    assert done.returncode == 2
+    bad = done.stdout.splitlines()
+    assert bad[0].startswith(f"bad  {SHARD}: key 000000012: is not an image")
+    assert bad[1].startswith(f"bad  {server.url}/shard-000004.tar: what came is not what the index says")
+    assert len(bad) == 2
+    server.always["shard-000004.tar"] = "404"
+    assert "1 of 10 shards in the index cannot be read" in in_process("pipelines/verify.py", server.url).stderr
+    server.always["index.json"] = "503"
+    done = in_process("pipelines/verify.py", server.url)
+    assert (done.returncode, "index.json: 3 attempts failed" in done.stderr) == (2, True)
+    assert [path.name for path in (tmp_path / "cache").glob("verify-*")] == []
+
+
 def test_the_limit_of_the_cache_is_kept(
     server: ShardServer, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,11 +33,17 @@ def read_npy(data: bytes, max_pixels: int) -> np.ndarray:
         raise BadSample(f"is an array of shape {shape}; allowed: (H, W), (H, W, C) or (C, H, W)")
     if dtype.kind not in "buif":
         raise BadSample(f"is an array of {dtype}; allowed: bool, integers, floats")
-    height, width = shape[1:] if len(shape) == 3 and shape[0] < shape[2] else shape[:2]
+    height, width, _ = image_shape(shape)
     check_pixels(width, height, max_pixels)
     file.seek(0)
     array = np.lib.format.read_array(file, allow_pickle=False)
     return array if array.ndim == 3 else array[:, :, None]
+
+
+def image_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """(H, W, C) of an array ``(H, W)``, ``(H, W, C)`` or ``(C, H, W)``; of three axes channels are the shorter one."""
+    height, width, channels = (*shape, 1) if len(shape) == 2 else shape
+    return (width, channels, height) if height < channels else (height, width, channels)
 
 
 def to_uint8(values: np.ndarray) -> np.ndarray:

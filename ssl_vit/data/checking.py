@@ -11,7 +11,7 @@ from PIL import Image
 
 from ssl_vit.config import InputError
 from ssl_vit.data.decode import BadSample, Facts, decode, inspect
-from ssl_vit.data.formats import printable
+from ssl_vit.data.formats import UNREADABLE, extension_of, printable, sniff
 from ssl_vit.data.images import Images
 
 RESIZED_MODES = ("L", "RGB", "CMYK", "YCbCr")
@@ -43,6 +43,7 @@ class Check:
         verify: decode each image in full, not only its header.
         resize: short side above which images are re-encoded, or None.
         quality: of their JPEG.
+        max_pixels: larger images are refused.
     """
 
     images: Images
@@ -50,6 +51,7 @@ class Check:
     verify: bool
     resize: int | None
     quality: int
+    max_pixels: int
 
     def __call__(self, positions: range) -> list[CheckedImage]:
         """The images at these positions."""
@@ -60,13 +62,16 @@ class Check:
         found = CheckedImage(position, printable(self.images.name(i)), self.images.labels[i])
         try:
             data = self.images.read(i)
-            facts = inspect(data, full=False)
+            # Raw photographs begin like TIFFs, and what they hold first is a thumbnail.
+            if (kind := extension_of(found.name)) in UNREADABLE and sniff(data) in (None, "tif"):
+                raise BadSample(f"is a {kind} file, which is not decoded here; convert it to JPEG, PNG or TIFF")
+            facts = inspect(data, full=False, max_pixels=self.max_pixels)
             if self.resize and min(facts.height, facts.width) > self.resize and facts.mode in RESIZED_MODES:
-                smaller = resized(data, facts, self.resize, self.quality)
+                smaller = resized(data, facts, self.resize, self.quality, self.max_pixels)
                 before = (facts.height, facts.width, len(data))
                 return found._replace(data=smaller, resized_from=before, **inspect(smaller, full=False)._asdict())
             if self.verify:
-                inspect(data)
+                inspect(data, max_pixels=self.max_pixels)
         except InputError:
             raise
         except (BadSample, OSError, ValueError) as error:
@@ -74,7 +79,7 @@ class Check:
         return found._replace(data=data, **facts._asdict())
 
 
-def resized(data: bytes, facts: Facts, short_side: int, quality: int) -> bytes:
+def resized(data: bytes, facts: Facts, short_side: int, quality: int, max_pixels: int) -> bytes:
     """An image as a baseline JPEG (4:2:0, optimised Huffman tables) with a smaller short side.
 
     The pixels are those that training decodes, so neither orientation nor colour profile is written again.
@@ -83,7 +88,7 @@ def resized(data: bytes, facts: Facts, short_side: int, quality: int) -> bytes:
         BadSample: it does not decode.
     """
     grey = facts.mode == "L"
-    pixels = decode(data, in_chans=1 if grey else 3)
+    pixels = decode(data, in_chans=1 if grey else 3, max_pixels=max_pixels)
     pixels = pixels[0] if grey else pixels.permute(1, 2, 0)
     image = Image.fromarray(np.ascontiguousarray(pixels.numpy()))
     scale = short_side / min(image.size)

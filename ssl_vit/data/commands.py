@@ -14,6 +14,7 @@ from pydantic import Field
 from ssl_vit.config import EXIT_BAD_INPUT, InputError, Section, check, help_lines, load
 from ssl_vit.data.formats import say
 from ssl_vit.data.processes import cores
+from ssl_vit.data.remote import ReadError
 
 Options = TypeVar("Options", bound=Section)
 
@@ -30,6 +31,7 @@ class VerifyOptions(Section):
     """The settings of verifying."""
 
     workers: int = Field(default_factory=cores, ge=1, description="processes that read and decode")
+    max_pixels: int = Field(178_956_970, ge=1, description="larger images are bad, as by data.max_pixels")
 
 
 def pack_main(argv: Sequence[str] | None = None) -> None:
@@ -74,19 +76,19 @@ def index_main(argv: Sequence[str] | None = None) -> None:
 
 
 def _index_url(url: str, options: IndexOptions) -> None:
-    from tqdm import tqdm
-
-    from ssl_vit.data.remote import ReadError
-    from ssl_vit.data.remote_index import index_remote
+    from ssl_vit.data.mixing import advice
+    from ssl_vit.data.remote_index import gives, index_remote
     from ssl_vit.data.sources import cache_folder
 
     names = _class_names(options.classes, Path()) if options.classes else None
-    try:
-        index, folder = index_remote(url, cache_folder(), options.out, names, lambda x: tqdm(x, disable=None))
-    except ReadError as error:
-        raise InputError(str(error)) from None
-    use = f"data.train={options.out or url}"
-    say(f"{url}: indexed {len(index)} samples in {len(index.shards)} shards into {folder}; use it as {use}")
+    index, folder = index_remote(url, cache_folder(), options.out, names, options.workers)
+    source = url if options.out is None and gives(url, index, cache_folder()) else str(folder)
+    what = f"{len(index)} samples in {len(index.shards)} shards"
+    say(f"{url}: indexed {what} into {folder}; use it as data.train={source}")
+    if options.out is None and source != url:
+        say(f"  data.train={url} reads another index, which stands beside the shards; out=FOLDER keeps this one there")
+    if index.labelled:
+        say(advice(index.samples["label"], source))
 
 
 def verify_main(argv: Sequence[str] | None = None) -> None:
@@ -95,15 +97,14 @@ def verify_main(argv: Sequence[str] | None = None) -> None:
     def run(words: list[str], options: VerifyOptions) -> None:
         from ssl_vit.data.verify import verify
 
-        folder = Path(words[0]).expanduser()
-        findings = verify(folder, options.workers)
-        say("\n".join([f"bad  {line}" for line in findings] or [f"{folder}: all shards and images are good"]))
+        source = words[0]
+        findings = verify(source, options.workers, options.max_pixels)
+        say("\n".join([f"bad  {line}" for line in findings] or [f"{source}: all shards and images are good"]))
         if findings:
-            raise InputError(f"{folder}: {len(findings)} findings; pack again, or copy the named shards again")
+            raise InputError(f"{source}: {len(findings)} findings; pack again, or copy the named shards again")
 
-    command(
-        "verify.py", "Check shards against their index and decode all images.", ["SHARDS"], VerifyOptions, run, argv
-    )
+    text = "Check shards against their index and decode all images: a folder, or the URL of a folder or range of them."
+    command("verify.py", text, ["SHARDS"], VerifyOptions, run, argv)
 
 
 def _class_names(file: Path | None, folder: Path) -> list[str] | None:
@@ -149,7 +150,7 @@ def command(
         if len(given) < len(places) or (len(given) > len(places) and not many):
             raise InputError(f"{len(given)} words given, {' and '.join(places)} needed; {usage}")
         run(given, check(section, load([], settings)))
-    except InputError as error:
+    except (InputError, ReadError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         raise SystemExit(EXIT_BAD_INPUT) from None
     except KeyboardInterrupt:

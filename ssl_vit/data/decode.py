@@ -22,34 +22,32 @@ import simplejpeg
 import torch
 from PIL import Image
 
-from ssl_vit.data.arrays import check_pixels, read_npy, to_uint8, with_channels
+from ssl_vit.data.arrays import check_pixels, image_shape, read_npy, to_uint8, with_channels
 from ssl_vit.data.exif import ORIENTATION, jpeg_orientation, turn
 from ssl_vit.data.formats import BadSample, beginning, sniff
-from ssl_vit.data.tiff import deep_values, pillow_misreads, read_tiff
+from ssl_vit.data.tiff import deep_values, holds_more, pillow_misreads, read_tiff, tiff_header
 
 WHITE = (255, 255, 255)
 MAX_PIXELS = 178_956_970
 """Pillow's own limit for an error: 512 MiB of RGB."""
 RULES = "EXIF orientation applied, transparency on white, colour profiles ignored, 16 bits by their full range"
 """What whoever feeds an exported encoder has to know."""
+FAST_SPACES = ("Gray", "YCbCr", "RGB")
+"""Colour spaces of the JPEGs that need no Pillow."""
 
 _pillow_settings = threading.RLock()  # warning filters and Pillow's limit belong to all threads
 
 
 class Facts(NamedTuple):
-    """What an image file holds: its true extension, Pillow's word for its mode, and its size as stored."""
+    """What an image file holds: its true extension, its mode, and its size as stored.
+
+    The mode is Pillow's word for it; ``5xuint8`` where there is none; ``4 pages of L`` of a TIFF with several.
+    """
 
     extension: str
     mode: str
     height: int
     width: int
-
-
-class Values(NamedTuple):
-    """An image as numbers ``(H, W, C)`` of any depth, and the orientation that is still to be applied."""
-
-    values: np.ndarray
-    orientation: int = 1
 
 
 @contextmanager
@@ -82,10 +80,9 @@ def decode(
         pixels = _decode_jpeg(data, in_chans, max_pixels)
         if pixels is not None:
             return pixels
-    with _opened(data, in_chans, max_pixels) as image:
-        values, orientation = image if isinstance(image, Values) else _decode_pillow(image, in_chans, background)
-        array = with_channels(to_uint8(values), in_chans)
-        return turn(torch.from_numpy(np.array(array, order="C")).permute(2, 0, 1), orientation)
+    values, orientation = _read(data, in_chans, background, max_pixels)
+    array = with_channels(to_uint8(values), in_chans)
+    return turn(torch.from_numpy(np.array(array, order="C")).permute(2, 0, 1), orientation)
 
 
 @_one_exception()
@@ -93,28 +90,32 @@ def inspect(data: bytes, full: bool = True, max_pixels: int = MAX_PIXELS) -> Fac
     """What an image file holds, after decoding all of it (``full``) or its header only.
 
     Raises:
-        BadSample: the bytes are not an image, or break off.
+        BadSample: the bytes are not an image, or break off; ``full``: :func:`decode` refuses all that is in them.
     """
-    extension = sniff(data)
-    if extension is None:
-        raise BadSample(f"is not an image, it {beginning(data)}")
+    facts, in_chans = _header(data, max_pixels)
+    if full:
+        decode(data, in_chans, max_pixels=max_pixels)
+    return facts
+
+
+def _header(data: bytes, max_pixels: int) -> tuple[Facts, int]:
+    """What a file says it holds, and the channels that all of it becomes."""
+    kind = _kind(data)
+    if kind == "npy":
+        array = read_npy(data, max_pixels)
+        height, width, channels = image_shape(array.shape)
+        return Facts(kind, f"{channels}x{array.dtype}", height, width), channels
     with suppress(ValueError):  # Pillow has the last word on odd JPEGs
-        if extension == "jpg":
+        if kind == "jpg":
             height, width, space = _jpeg_header(data)
-            if space in ("Gray", "YCbCr"):
-                if full:
-                    decode(data, max_pixels=max_pixels)
+            if space in FAST_SPACES:
                 check_pixels(width, height, max_pixels)
-                return Facts(extension, "L" if space == "Gray" else "RGB", height, width)
-    with _opened(data, 3, max_pixels) as image:
-        if isinstance(image, Values):
-            height, width, channels = image.values.shape
-            facts = Facts(extension, f"{channels}x{image.values.dtype}", height, width)
-        else:
-            facts = Facts(extension, image.mode, image.height, image.width)
-        if full:
-            to_uint8((image if isinstance(image, Values) else _decode_pillow(image, 3, WHITE))[0])
-        return facts
+                return Facts(kind, "L" if space == "Gray" else "RGB", height, width), 3
+    with _opened(data, kind, max_pixels) as image:
+        if image is None or holds_more(image):
+            mode, height, width, channels = tiff_header(data, image, max_pixels)
+            return Facts(kind, mode, height, width), channels
+        return Facts(kind, image.mode, image.height, image.width), 3
 
 
 def _jpeg_header(data: bytes) -> tuple[int, int, str]:
@@ -127,7 +128,7 @@ def _decode_jpeg(data: bytes, in_chans: int, max_pixels: int) -> torch.Tensor | 
     try:
         height, width, space = _jpeg_header(data)
         check_pixels(width, height, max_pixels)
-        if space not in ("Gray", "YCbCr", "RGB"):
+        if space not in FAST_SPACES:
             return None
         pixels = simplejpeg.decode_jpeg(data, colorspace="RGB" if in_chans == 3 else "GRAY")
     except ValueError:
@@ -135,26 +136,38 @@ def _decode_jpeg(data: bytes, in_chans: int, max_pixels: int) -> torch.Tensor | 
     return turn(torch.from_numpy(pixels).permute(2, 0, 1), jpeg_orientation(data))
 
 
-@contextmanager
-def _opened(data: bytes, in_chans: int, max_pixels: int) -> Iterator[Image.Image | Values]:
-    """The image as Pillow opens it (header only), or the values of what only numpy or tifffile reads."""
+def _kind(data: bytes) -> str:
     kind = sniff(data)
     if kind is None:
         raise BadSample(f"is not an image, it {beginning(data)}")
+    return kind
+
+
+def _read(data: bytes, in_chans: int, background: tuple[int, int, int], max_pixels: int) -> tuple[np.ndarray, int]:
+    """Values ``(H, W)``, ``(H, W, C)`` or ``(C, H, W)`` of any depth, and the orientation still to be applied."""
+    kind = _kind(data)
     if kind == "npy":
-        yield Values(read_npy(data, max_pixels))
-        return
+        return read_npy(data, max_pixels), 1
+    with _opened(data, kind, max_pixels) as image:
+        if image is None or pillow_misreads(image, in_chans):
+            return read_tiff(data, in_chans, max_pixels)
+        return _decode_pillow(image, in_chans, background)
+
+
+@contextmanager
+def _opened(data: bytes, kind: str, max_pixels: int) -> Iterator[Image.Image | None]:
+    """The image as Pillow opens it, header only; None: a TIFF that only tifffile reads."""
     with _quiet_pillow():
         try:
             image = Image.open(io.BytesIO(data))
         except Image.UnidentifiedImageError:
             if kind != "tif":
                 raise BadSample(f"is no readable {kind} image, it {beginning(data)}") from None
-            yield Values(*read_tiff(data, in_chans, max_pixels))
+            yield None
             return
         with image:
             check_pixels(image.width, image.height, max_pixels)
-            yield Values(*read_tiff(data, in_chans, max_pixels)) if pillow_misreads(image, in_chans) else image
+            yield image
 
 
 @contextmanager
@@ -170,7 +183,7 @@ def _quiet_pillow() -> Iterator[None]:
 
 
 def _decode_pillow(image: Image.Image, in_chans: int, background: tuple[int, int, int]) -> tuple[np.ndarray, int]:
-    """Values ``(H, W)`` or ``(H, W, C)`` of any depth, and the orientation that is still to be applied."""
+    """As :func:`_read`, of an opened image."""
     image.load()
     try:
         orientation = image.getexif().get(ORIENTATION, 1)  # after load: Pillow turns TIFFs itself and drops the tag

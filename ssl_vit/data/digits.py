@@ -37,6 +37,7 @@ class DigitImages:
         self.labels = [-1 if labels == "none" else int(digits.target[i]) for i in self._numbers]
         self.skipped: list[str] = []
         self.ignored: list[str] = []
+        self.repeated: list[str] = []
 
     def __len__(self) -> int:
         return len(self._numbers)

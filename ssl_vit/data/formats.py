@@ -7,6 +7,14 @@ import sys
 EXTENSIONS = frozenset(["jpg", "jpeg", "jfif", "png", "webp", "tif", "tiff", "bmp", "gif", "ppm", "pgm", "npy"])
 """File name endings (lower case, without the dot) that promise an image."""
 
+UNREADABLE = frozenset(
+    ["heic", "heif", "avif", "jp2", "j2k", "jpx", "jxl", "psd", "exr", "hdr", "tga", "dds", "dcm"]
+).union(["dng", "cr2", "cr3", "nef", "arw", "orf", "rw2", "raf"])
+"""Endings of images that are not decoded here: each is refused by name, none passes unnoticed."""
+
+CLAIMS = EXTENSIONS | UNREADABLE
+"""Endings of files that somebody means as images."""
+
 HEAD = 16
 """Bytes of a file that :func:`sniff` needs."""
 

@@ -38,6 +38,7 @@ class HubImages:
         self._rows = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
         self.skipped: list[str] = []
         self.ignored: list[str] = []
+        self.repeated: list[str] = []
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import Counter
+import stat
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from ssl_vit.config import InputError, nearest
-from ssl_vit.data.formats import EXTENSIONS, HEAD, extension_of, printable, sniff
+from ssl_vit.data.formats import CLAIMS, EXTENSIONS, HEAD, extension_of, printable, sniff
 
 _TOOL_FILES = frozenset(["thumbs.db", "desktop.ini", "__macosx"])
 
@@ -26,6 +27,8 @@ class Images(Protocol):
     """Files that do not claim to be images."""
     ignored: list[str]
     """Hidden files and tools' files, which nobody means."""
+    repeated: list[str]
+    """Links to folders whose images are here already, as ``LINK -> FOLDER``."""
 
     def __len__(self) -> int: ...
 
@@ -86,6 +89,7 @@ class ImageFiles:
         self.labels: list[int] = []
         self.skipped: list[str] = []
         self.ignored: list[str] = []
+        self.repeated: list[str] = []
         self._files: list[tuple[str, int, int]] = []  # path, bytes and time of change in ns, -1 where nothing is
 
     def _classify(self, words: Sequence[str] | None) -> None:
@@ -133,7 +137,7 @@ class FolderImages(ImageFiles):
             what = "is a file" if root.exists() else "no such folder"
             raise InputError(f"folder:{root}: {what}; give a folder of images")
         super().__init__(root)
-        self._files = sorted(self._walk("", set()), key=lambda file: os.fsencode(file[0]))
+        self._files = sorted(self._walk(), key=lambda file: os.fsencode(file[0]))
         if not self._files:
             others = [printable(name) for name in self.skipped[:1]]
             seen = f"; it holds {len(self.skipped)} other files, e.g. {others[0]}" if others else ""
@@ -142,37 +146,56 @@ class FolderImages(ImageFiles):
         labelled = labels != "none" and len(set(firsts)) > 1 and "" not in firsts
         self._classify(firsts if labelled else None)
 
-    def _walk(self, below: str, visited: set[tuple[int, int]]) -> Iterator[tuple[str, int, int]]:
-        """Yield (relative name, bytes, mtime in ns) of the images; note the rest."""
-        folder = self.root / below
-        status = folder.stat()
-        if (status.st_dev, status.st_ino) in visited:
-            return
-        visited.add((status.st_dev, status.st_ino))
-        with os.scandir(folder) as scan:
-            entries = sorted(scan, key=lambda entry: os.fsencode(entry.name))
-        for entry in entries:
-            name = f"{below}/{entry.name}" if below else entry.name
-            if entry.name.startswith(".") or entry.name.lower() in _TOOL_FILES:
-                self.ignored.append(name)
-            elif entry.is_dir():
-                yield from self._walk(name, visited)
-            elif extension_of(entry.name) in EXTENSIONS or self._begins_like_image(entry):
-                # A link to nowhere has no status: packing refuses it by name.
-                known = entry.stat() if entry.is_file() else None
-                yield (name, known.st_size, known.st_mtime_ns) if known else (name, -1, -1)
-            else:
-                self.skipped.append(name)
+    def _walk(self) -> Iterator[tuple[str, int, int]]:
+        """Yield (relative name, bytes, mtime in ns) of the images; note the rest.
 
-    @staticmethod
-    def _begins_like_image(entry: os.DirEntry[str]) -> bool:
-        try:
-            if not entry.is_file():
-                return False
-            with open(entry.path, "rb") as file:
-                return sniff(file.read(HEAD)) is not None
-        except OSError:
-            return False
+        Real folders come before links, so that no link takes the place of the folder it leads to.
+        """
+        folders, links = deque([""]), deque[str]()
+        visited: dict[tuple[int, int], str] = {}
+        while folders or links:
+            below = (folders or links).popleft()
+            try:
+                status = (self.root / below).stat()
+                first = visited.setdefault((status.st_dev, status.st_ino), below)
+                if first != below:
+                    self.repeated.append(f"{below} -> {first or '.'}")
+                    continue
+                with os.scandir(self.root / below) as scan:
+                    entries = sorted(scan, key=lambda entry: os.fsencode(entry.name))
+            except OSError as error:
+                if not below:
+                    raise InputError(f"folder:{self.root}: cannot be read: {error.strerror}") from None
+                yield f"{below}/", -1, -1  # packing refuses it by name
+                continue
+            for entry in entries:
+                name = f"{below}/{entry.name}" if below else entry.name
+                status = _status(entry)
+                kind = stat.S_IFMT(status.st_mode) if status else None  # a link to nowhere or to itself has none
+                if entry.name.startswith(".") or entry.name.lower() in _TOOL_FILES:
+                    self.ignored.append(name)
+                elif kind == stat.S_IFDIR:
+                    (links if entry.is_symlink() else folders).append(name)
+                elif extension_of(entry.name) in CLAIMS or (kind == stat.S_IFREG and _begins_like_image(entry.path)):
+                    known = status if kind == stat.S_IFREG else None
+                    yield (name, known.st_size, known.st_mtime_ns) if known else (name, -1, -1)
+                else:
+                    self.skipped.append(name)
+
+
+def _status(entry: os.DirEntry[str]) -> os.stat_result | None:
+    try:
+        return entry.stat()
+    except OSError:
+        return None
+
+
+def _begins_like_image(path: str) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return sniff(file.read(HEAD)) is not None
+    except OSError:
+        return False
 
 
 def by_extension(names: Sequence[str]) -> str:

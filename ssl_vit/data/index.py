@@ -21,7 +21,7 @@ import numpy as np
 from ssl_vit.config import InputError
 from ssl_vit.data import remote
 from ssl_vit.data.formats import printable
-from ssl_vit.data.presence import check_shards
+from ssl_vit.data.presence import check_shards, make_anew
 from ssl_vit.data.processes import cores, spread
 from ssl_vit.data.remote import is_url
 from ssl_vit.data.shard_cache import RemoteShard, ShardCache
@@ -154,7 +154,7 @@ def read_index(folder: str | os.PathLike[str], root: str | None = None, cache: S
         InputError: the index or a shard is missing, unreadable, or they do not belong together.
     """
     folder = Path(folder)
-    cure = f"make it anew: python pipelines/index.py {root or folder}"
+    cure = make_anew(root or str(folder))
     try:
         content = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         shards = [Shard(s["url"], s["nsamples"], s["filesize"], s.get("sha256", "")) for s in content["shardlist"]]
@@ -166,7 +166,7 @@ def read_index(folder: str | os.PathLike[str], root: str | None = None, cache: S
     if samples.dtype != SAMPLE or len(samples) != sum(shard.nsamples for shard in shards):
         raise InputError(f"{folder / TABLE}: does not belong to {INDEX} beside it; {cure}")
     index = Index(root or str(folder), shards, samples, content.get("classes"), cache)
-    check_shards(index, folder, cure)
+    check_shards(index, folder)
     return index
 
 

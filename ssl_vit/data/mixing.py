@@ -36,8 +36,8 @@ def mixing(labels: np.ndarray, window: int = WINDOW) -> Mixing:
     return Mixing(window, float(found), float(expected))
 
 
-def advice(labels: np.ndarray, folder: Path) -> str:
-    """What the mixing of labelled shards means for training, in one line."""
+def advice(labels: np.ndarray, source: str | Path) -> str:
+    """What the mixing of labelled shards, a folder or a URL, means for training, in one line."""
     window, found, expected = mixing(labels)
     fact = f"{window} stored neighbours hold {found:.1f} classes on average, {expected:.1f} if they were shuffled"
     if found >= ENOUGH * expected:
@@ -45,5 +45,5 @@ def advice(labels: np.ndarray, folder: Path) -> str:
     return (
         f"  sorted   {fact} ({found / expected:.0%}, enough: {ENOUGH:.0%}): training mixes stored neighbours only "
         f"locally, so its batches would hold few classes; write them in random order:\n"
-        f"           python pipelines/pack.py shards:{folder} OUT"
+        f"           python pipelines/pack.py shards:{source} OUT"
     )

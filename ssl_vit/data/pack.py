@@ -18,6 +18,7 @@ from pydantic import Field
 
 from ssl_vit.config import InputError, Section, check
 from ssl_vit.data.checking import Check, CheckedImage
+from ssl_vit.data.decode import MAX_PIXELS
 from ssl_vit.data.formats import say
 from ssl_vit.data.images import Images, open_images
 from ssl_vit.data.index import INDEX
@@ -43,6 +44,7 @@ class PackOptions(Section):
     verify: bool = Field(True, description="decode every image in full; no: only its header")
     resize: int | None = Field(None, ge=8, description="re-encode images whose short side is larger: JPEG, lossy")
     quality: int = Field(90, ge=1, le=100, description="JPEG quality of resize")
+    max_pixels: int = Field(MAX_PIXELS, ge=1, description="refuse larger images; to be that of data.max_pixels")
     overwrite: bool = Field(False, description="replace a folder of shards that stands at OUT")
     part: str = Field("1/1", description="i/n: pack only the i-th of n parts of the source; the last to end joins them")
     workers: int = Field(default_factory=cores, ge=1, description="processes that read and decode")
@@ -75,8 +77,8 @@ def pack(source: str, out: Path, **options: Any) -> dict[str, Any]:
         options: see :class:`PackOptions`.
 
     Returns:
-        Counts ``found, packed, refused, skipped, ignored, shards, bytes``, the ``modes`` and ``short_sides`` of the
-        images, ``classes``, and the ``missing`` parts; while there are any, all of this part alone.
+        Counts ``found, packed, refused, skipped, ignored, repeated, shards, bytes``, the ``modes`` and ``short_sides``
+        of the images, ``classes``, and the ``missing`` parts; while there are any, all of this part alone.
 
     Raises:
         InputError: a bad option or source, a target in the way, nothing packed, or too many images refused.
@@ -143,7 +145,7 @@ def _pack_part(images: Images, staging: Staging, part: int, settings: PackOption
             return 0
     # Drawn over the sorted source, so the order does not depend on how the file system lists it.
     order = permutation(len(images), settings.seed) if settings.shuffle else np.arange(len(images))
-    check = Check(images, order, settings.verify, settings.resize, settings.quality)
+    check = Check(images, order, settings.verify, settings.resize, settings.quality, settings.max_pixels)
     shard = _Shard(staging, part, len(finished))
     try:
         for image in _in_order(check, range(start, span.stop), settings.workers):
@@ -211,6 +213,7 @@ def _summary(tally: Tally, records: list[Record], images: Images, missing: list[
         "refused": len(tally.refused),
         "skipped": len(images.skipped),
         "ignored": len(images.ignored),
+        "repeated": len(images.repeated),
         "shards": sum(record.filesize > 0 for record in records),
         "bytes": sum(record.filesize for record in records),
         "modes": dict(tally.modes.most_common()),

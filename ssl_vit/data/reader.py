@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import Any, BinaryIO
 
 from ssl_vit.data.index import Index
 from ssl_vit.data.remote import ReadError
 
-__all__ = ["ReadError", "Reader"]
+__all__ = ["ReadError", "Reader", "opened"]
+
+
+@contextmanager
+def opened(index: Index, shard: int) -> Iterator[BinaryIO]:
+    """The whole file of a shard; of a remote one that in the cache of its index, which it must have.
+
+    Raises:
+        OSError: it cannot be opened; :class:`ReadError`: downloaded.
+    """
+    remote = index.remote(shard)
+    if remote is None:
+        with open(index.path(shard), "rb") as file:
+            yield file
+        return
+    assert index.cache is not None
+    with index.cache.opened(remote) as file:
+        yield file
 
 
 class _File:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -13,7 +15,8 @@ import numpy as np
 from ssl_vit.config import InputError
 from ssl_vit.data import remote
 from ssl_vit.data.index import INDEX, TABLE, Index, Shard, read_index, write_index
-from ssl_vit.data.remote import Refused
+from ssl_vit.data.processes import spread
+from ssl_vit.data.remote import ReadError, Refused
 from ssl_vit.data.shard_cache import RemoteShard, ShardCache
 from ssl_vit.data.tars import scan_shard
 
@@ -110,11 +113,7 @@ def _part(index: Index, urls: Sequence[str], spec: str) -> Index:
 
 
 def index_remote(
-    spec: str,
-    cache: Path,
-    out: Path | None = None,
-    classes: list[str] | None = None,
-    progress: Callable[[Iterable[str]], Iterable[str]] = iter,
+    spec: str, cache: Path, out: Path | None = None, classes: list[str] | None = None, workers: int = 1
 ) -> tuple[Index, Path]:
     """Read remote shards once, and keep what is in them as an index.
 
@@ -122,13 +121,18 @@ def index_remote(
         spec: URL of a folder that can be listed, of a shard, or a brace range.
         cache: where the index goes, and shards for the time that they are read.
         out: a folder for the index instead.
-        classes: class names by label.
-        progress: wrapped around the URLs.
+        classes: class names by label; None: those in an index beside the shards, if they are enough.
+        workers: processes, each with a shard.
+
+    Returns:
+        the index, and the folder that it is in.
 
     Raises:
-        InputError: a shard cannot be read as samples.
+        InputError: a shard cannot be had, or not be read as samples.
         ReadError: a server does not answer.
     """
+    from tqdm import tqdm
+
     remote.check_scheme(spec)
     urls = expand(spec)
     try:
@@ -139,8 +143,10 @@ def index_remote(
         ) from None
     if not urls:
         raise InputError(f"{spec}: no shards (*.tar) in it; give the folder that holds them, or a range")
-    found = [_scan(url, ShardCache(cache / "scanned")) for url in progress(urls)]
+    running = spread(partial(_scan, ShardCache(cache / "scanned")), urls, workers)
+    found = list(tqdm(running, total=len(urls), unit="shard", disable=None))
     samples = np.concatenate([rows for _, rows in found])
+    classes = classes or _classes_beside(urls[0], samples["label"].max())
     if classes is not None and samples["label"].max() >= len(classes):
         raise InputError(
             f"{spec}: a sample has label {samples['label'].max()}, but {len(classes)} class names are given"
@@ -151,19 +157,38 @@ def index_remote(
     return read_index(folder), folder
 
 
-def _scan(url: str, cache: ShardCache) -> tuple[Shard, np.ndarray]:
-    length = remote.size(url)
-    if not length:
-        raise InputError(f"{url}: is empty, or its server does not say how long it is")
-    shard = RemoteShard(url, length, "")
-    cache.fetch(shard)
-    path = cache.folder / shard.name
+def _classes_beside(url: str, label: int) -> list[str] | None:
+    """The class names in the index beside a shard, if there are more than ``label``."""
     try:
+        classes = json.loads(remote.content(f"{url.rpartition('/')[0]}/{INDEX}"))["classes"]
+    except (Refused, ValueError, KeyError, TypeError):
+        return None
+    return classes if isinstance(classes, list) and label < len(classes) else None
+
+
+def gives(spec: str, index: Index, cache: Path) -> bool:
+    """Whether a URL is read by this index: one that stands beside the shards goes before one made here."""
+    try:
+        return open_remote(spec, cache, None).fingerprint == index.fingerprint
+    except InputError:
+        return False
+
+
+def _scan(cache: ShardCache, url: str) -> tuple[Shard, np.ndarray]:
+    path: Path | None = None
+    try:
+        length = remote.size(url)
+        if not length:
+            raise InputError(f"{url}: is empty, or its server does not say how long it is")
+        shard = RemoteShard(url, length, "")
+        path = cache.folder / shard.name
+        cache.fetch(shard)
         scan = scan_shard(path)
-    except InputError as error:
+    except (InputError, ReadError) as error:
         raise InputError(str(error).replace(str(path), url)) from None
     finally:
-        path.unlink(missing_ok=True)
+        if path is not None:
+            path.unlink(missing_ok=True)
     return Shard(url, len(scan.samples), scan.filesize, scan.sha256), scan.samples
 
 

@@ -6,7 +6,7 @@ from tarfile import TarError
 
 from ssl_vit.config import InputError
 from ssl_vit.data.formats import printable
-from ssl_vit.data.reader import Reader, ReadError
+from ssl_vit.data.reader import Reader, ReadError, opened
 from ssl_vit.data.tars import source_path
 
 
@@ -14,7 +14,7 @@ class ShardImages:
     """The images of shards with their labels and class names; other members than image, label and path are left out.
 
     Args:
-        spec: what names shards as data of a recipe: a folder, a range, a glob.
+        spec: what names shards as data of a recipe: a folder, a range, a glob, a URL.
         labels: ``"auto"``, or ``"none"`` to leave the labels out.
     """
 
@@ -27,6 +27,7 @@ class ShardImages:
         self.labels = [-1] * len(self._index) if labels == "none" else self._index.samples["label"].tolist()
         self.skipped: list[str] = []
         self.ignored: list[str] = []
+        self.repeated: list[str] = []
 
     def __len__(self) -> int:
         return len(self._index)
@@ -37,13 +38,13 @@ class ShardImages:
         Raises:
             InputError: the shard cannot be read.
         """
-        shard = self._index.path(self._index.shard_of(i))
+        shard = self._index.shard_of(i)
         try:
-            with open(shard, "rb") as file:
+            with opened(self._index, shard) as file:
                 file.seek(int(self._index.samples["header"][i]))
                 return source_path(file)
         except (OSError, TarError) as error:
-            raise InputError(f"{shard}: cannot be read: {error}") from None
+            raise InputError(f"{self._index.path(shard)}: cannot be read: {error}") from None
 
     def read(self, i: int) -> bytes:
         """The bytes of image ``i``.

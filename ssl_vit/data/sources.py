@@ -16,6 +16,7 @@ from ssl_vit.data.formats import say
 from ssl_vit.data.images import open_images
 from ssl_vit.data.index import INDEX, Index, build_index, read_index
 from ssl_vit.data.pack import PackOptions, pack_images
+from ssl_vit.data.presence import check_last_images
 from ssl_vit.data.remote import is_url
 from ssl_vit.data.remote_index import expand, open_remote
 from ssl_vit.data.shard_cache import ShardCache
@@ -45,7 +46,12 @@ def open_source(spec: str, labels: str = "auto", cache: Path | None = None, cach
         InputError: the source cannot be read; the message says what to write instead.
         ReadError: a server does not answer.
     """
-    cache = cache or cache_folder()
+    index = _opened(spec, labels, cache or cache_folder(), cache_size)
+    check_last_images(index)
+    return index
+
+
+def _opened(spec: str, labels: str, cache: Path, cache_size: float | None) -> Index:
     limit = None if cache_size is None else round(cache_size * 1e9)
     shards = None if limit == 0 else ShardCache(cache / "shards", limit)
     if is_url(spec):

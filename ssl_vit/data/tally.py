@@ -65,6 +65,9 @@ def print_summary(tally: Tally, images: Images, source: str, resize: int | None)
     for word in ("skipped", "ignored"):
         if names := getattr(images, word):
             say(f"  {word}  {by_extension([printable(name) for name in names])}")
+    if names := [printable(name) for name in images.repeated]:
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        say(f"  links    {', '.join(names[:5])}{more}: not followed, these folders are packed already")
     classes = images.classes or []
     first = ", ".join([*classes[:10], *(["..."] if len(classes) > 10 else [])])
     none = "none: unlabelled" if max(images.labels, default=-1) < 0 else "without names"

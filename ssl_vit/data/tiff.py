@@ -13,7 +13,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from ssl_vit.data.arrays import check_pixels
 from ssl_vit.data.exif import ORIENTATION
 
-BITS, PHOTOMETRIC, PLANAR, SAMPLE_FORMAT = 258, 262, 284, 339
+BITS, PHOTOMETRIC, SAMPLES, PLANAR, SAMPLE_FORMAT = 258, 262, 277, 284, 339
 MIN_IS_WHITE, SEPARATE, UNSIGNED, SIGNED = 0, 2, 1, 2
 
 
@@ -21,12 +21,42 @@ def pillow_misreads(image: Image.Image, in_chans: int) -> bool:
     """Whether Pillow would drop bands that are wanted, or take the bytes of an opened image for what they are not."""
     if not isinstance(image, TiffImageFile):
         return False
-    if in_chans not in (1, 3, len(image.getbands())):
+    bands = len(image.getbands())
+    if in_chans not in (1, 3, bands) or in_chans == image.tag_v2.get(SAMPLES, bands) != bands:
         return True
     bits = image.tag_v2.get(BITS, (1,))[0]
     signed = image.tag_v2.get(SAMPLE_FORMAT, (UNSIGNED,))[0] == SIGNED
-    separate = image.tag_v2.get(PLANAR) == SEPARATE and len(image.getbands()) > 1
+    separate = image.tag_v2.get(PLANAR) == SEPARATE and image.tag_v2.get(SAMPLES, bands) > 1
     return (signed and bits == 8) or (separate and bits == 16)
+
+
+def holds_more(image: Image.Image) -> bool:
+    """Whether an opened image has bands or pages that Pillow's mode says nothing of, or says wrong."""
+    if not isinstance(image, TiffImageFile):
+        return False
+    return image.n_frames > 1 or pillow_misreads(image, image.tag_v2.get(SAMPLES, len(image.getbands())))
+
+
+def tiff_header(data: bytes, image: Image.Image | None, max_pixels: int) -> tuple[str, int, int, int]:
+    """Mode, height, width and channels of a TIFF beyond Pillow, as :func:`read_tiff` finds them.
+
+    Args:
+        data: the file.
+        image: as Pillow opened it, if it did.
+        max_pixels: larger images are refused.
+
+    Raises:
+        BadSample: it is too large.
+    """
+    with _tifffile(data) as tiff:
+        page, stack = tiff.pages[0], tiff.series[0]
+        check_pixels(page.imagewidth, page.imagelength, max_pixels)
+        bands, pages = page.samplesperpixel, len(tiff.pages)
+        # A book of scans is no image of as many channels: more memory than for RGB at the limit is not spent on that.
+        is_image = bands == 1 and stack.ndim == 3 and stack.size <= 3 * max_pixels
+        channels = stack.shape[0] if is_image else bands
+        mode = image.mode if image and not pillow_misreads(image, bands) else f"{bands}x{page.dtype}"
+        return mode if pages == 1 else f"{pages} pages of {mode}", page.imagelength, page.imagewidth, channels
 
 
 def deep_values(image: Image.Image) -> np.ndarray:
@@ -53,11 +83,8 @@ def read_tiff(data: bytes, in_chans: int, max_pixels: int) -> tuple[np.ndarray, 
     Raises:
         BadSample: it is too large.
     """
-    import tifffile
-
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # damage is an exception here, not a line for each image
-    with tifffile.TiffFile(io.BytesIO(data)) as tiff:
-        page: Any = tiff.pages[0]
+    with _tifffile(data) as tiff:
+        page = tiff.pages[0]
         check_pixels(page.imagewidth, page.imagelength, max_pixels)
         if in_chans in (1, 3, page.samplesperpixel):
             values = page.asarray()
@@ -72,6 +99,13 @@ def read_tiff(data: bytes, in_chans: int, max_pixels: int) -> tuple[np.ndarray, 
         orientation = page.tags.get(ORIENTATION)
     values = values if values.ndim == 3 else values[:, :, None]
     return values, orientation.value if orientation else 1
+
+
+def _tifffile(data: bytes) -> Any:
+    import tifffile
+
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # damage is an exception here, not a line for each image
+    return tifffile.TiffFile(io.BytesIO(data))
 
 
 def _inverted(values: np.ndarray) -> np.ndarray:
