@@ -56,9 +56,17 @@ def build_encoder(section: dict[str, Any]) -> Encoder:
     return constructed("encoder", lambda: create_encoder(**arguments))
 
 
-def _fill_from_init(encoder: Encoder, section: dict[str, Any]) -> None:
-    if section.get("init"):
-        logger.info("encoder.init: %s", fill_encoder(encoder, Path(section["init"])))
+def _fill_from_init(objective: Objective, section: dict[str, Any]) -> None:
+    if not section.get("init"):
+        return
+    report = fill_encoder(objective.encoder, Path(section["init"]))
+    logger.info("encoder.init: %s", report)
+    trained = {name for name, parameter in objective.named_parameters() if parameter.requires_grad}
+    if report.loaded < report.total and not any("fc_norm" in name for name in trained):
+        raise InputError(
+            f"encoder.fc_norm=true: {section['init']} has no norm behind the pooling, and nothing here trains a new "
+            "one; allowed: false"
+        )
 
 
 def build_objective(recipe: Recipe) -> Objective:
@@ -74,7 +82,7 @@ def build_objective(recipe: Recipe) -> Objective:
         if (numbers := getattr(recipe.data, key)) is not None:
             arguments[key] = tuple(numbers)
     objective = constructed("objective", lambda: cls(encoder, **arguments))
-    _fill_from_init(objective.encoder, recipe.encoder)
+    _fill_from_init(objective, recipe.encoder)
     objective.encoder_filled()
     if recipe.objective.get("init"):
         logger.info("objective.init: %s", fill_objective(objective, Path(recipe.objective["init"])))
@@ -84,9 +92,9 @@ def build_objective(recipe: Recipe) -> Objective:
 def build_frozen(recipe: EvaluationRecipe | EmbeddingRecipe) -> Objective:
     """An encoder that is only measured: from ``encoder.init``, else at its architecture's initialisation."""
     torch.manual_seed(recipe.seed)
-    objective = Objective(build_encoder(recipe.encoder))
-    _fill_from_init(objective.encoder, recipe.encoder)
-    return objective.requires_grad_(False).eval()
+    objective = Objective(build_encoder(recipe.encoder)).requires_grad_(False).eval()
+    _fill_from_init(objective, recipe.encoder)
+    return objective
 
 
 def build_judged(recipe: EvaluationRecipe) -> Objective:

@@ -245,6 +245,97 @@ def test_published_settings_of_vqkd() -> None:
     assert (objective["decoder_depth"], objective["crop_scale"]) == (3, (0.08, 1.0))
 
 
+FINETUNING = {  # epochs, warm-up, batch, peak lr, layer decay, drop path, std of the head; and what is not as usual
+    "beit_vit_base_patch16": (100, 20, 1024, 4e-3, 0.65, 0.1, 2e-5, {}),
+    "beit_vit_large_patch16": (50, 5, 1024, 1e-3, 0.75, 0.2, 2e-5, {}),
+    "beitv2_vit_base_patch16": (100, 20, 1024, 5e-4, 0.6, 0.2, 2e-5, {}),
+    "beitv2_vit_large_patch16": (50, 5, 1024, 2e-4, 0.8, 0.2, 2e-5, {}),
+    "deit_base_patch16_384": (30, 5, 512, 5e-6, None, 0.1, 0.02,
+                              {"warmup_lr": 1e-6, "min_lr": 5e-6, "weight_decay": 1e-8}),
+    "ibot_vit_small_patch16": (200, 20, 1024, None, 0.75, 0.1, 2e-5, {}),  # the published lr is swept
+    "ibot_vit_base_patch16": (100, 20, 1024, None, 0.65, 0.2, 2e-5, {}),
+    "ibot_vit_large_patch16": (50, 5, 1024, None, 0.75, 0.4, 2e-5, {}),
+    "mae_vit_base_patch16": (100, 5, 1024, 2e-3, 0.65, 0.1, 2e-5, {}),
+    "mae_vit_large_patch16": (50, 5, 1024, 4e-3, 0.75, 0.2, 2e-5, {}),
+    "mae_vit_huge_patch14": (50, 5, 1024, 4e-3, 0.75, 0.3, 2e-5, {}),
+    "simmim_swin_base": (100, 20, 2048, 5e-3, 0.9, 0.1, 0.02, {"warmup_lr": 1e-6, "clip_grad": 5.0}),
+    "simmim_vit_base_patch16": (100, 20, 2048, 5e-3, 0.65, 0.1, 2e-5, {"warmup_lr": 1e-6, "clip_grad": 5.0}),
+}  # fmt: skip
+
+
+def test_every_published_recipe_of_finetuning_is_pinned() -> None:
+    assert {f"{name}_in1k" for name in FINETUNING} == {file.stem for file in FINETUNE if file.stem.endswith("_in1k")}
+
+
+@pytest.mark.parametrize("name", FINETUNING)
+def test_published_settings_of_finetuning(name: str) -> None:
+    """The commands and defaults of the releases: MAE's FINETUNE.md, run_class_finetuning.py of BEiT and iBOT, SimMIM's
+    main_finetune.py, which scales the ends of the schedule like its peak, and DeiT's README."""
+    epochs, warmup, batch, lr, layer_decay, drop_path, head_std, others = FINETUNING[name]
+    recipe = checked(ROOT / "configs" / "finetune" / f"{name}_in1k.yaml")
+    optim, objective, encoder, data = recipe.optim, plain(recipe.objective), recipe.encoder, recipe.data
+    usual = {
+        "name": "adamw", "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.05, "schedule": "cosine",
+        "warmup_lr": 0.0, "min_lr": 1e-6, "clip_grad": None,
+    }  # fmt: skip
+    assert {key: getattr(optim, key) for key in usual} == {**usual, **others}
+    assert (str(optim.epochs), str(optim.warmup_epochs), optim.batch_size) == (str(epochs), str(warmup), batch)
+    assert lr is None or absolute_lr(optim) == pytest.approx(lr)
+    assert (optim.layer_decay, encoder["drop_path_rate"], objective["head_std"]) == (layer_decay, drop_path, head_std)
+    assert (objective["loss"], objective["label_smoothing"], objective["ema_decay"]) == ("ce", 0.1, None)
+    assert objective["mix"] == {"mixup": 0.8, "cutmix": 1.0, "prob": 1.0, "switch_prob": 0.5, "mode": "batch"}
+    augment = objective["augment"]
+    assert (augment["auto_augment"], augment["color_jitter"], augment["erase"]) == ("rand-m9-mstd0.5-inc1", 0.0, 0.25)
+    assert (augment["crop_scale"], augment["flip"], augment["interpolation"]) == ([0.08, 1.0], 0.5, "bicubic")
+    method = name.partition("_")[0]
+    assert (encoder["img_size"], data.repeats) == ((384, 3) if method == "deit" else (224, 1))
+    assert data.mean == ([0.5] * 3 if method == "beit" else [0.485, 0.456, 0.406])
+    assert (data.crop_pct, data.interpolation) == (0.875, "bicubic")
+    if "swin" in name:
+        assert encoder["window_size"] == 7
+        return
+    pooled = ("token", False) if method in ("ibot", "deit") else ("avg", True)
+    assert (encoder["global_pool"], encoder.get("fc_norm")) == pooled
+    if encoder["name"].startswith("beit"):
+        scale = 1e-5 if "large" in name else 0.1
+        assert (encoder["rel_pos"], encoder["abs_pos"], encoder["layer_scale"]) == ("layer", False, scale)
+
+
+IBOT_RATES = [digit * 10.0**power for power in range(-4, 1) for digit in range(1, 10)]
+DINOV2_RATES = [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1]
+PROBES = {  # optimizer, batch, peak lr, epochs, warm-up, decay; stages, pools, final norm, rates, BatchNorm, filter
+    "mae": ("lars", 16384, 6.4, "90", "10", 0.0, [-1], ["token"], True, [1.0], True, "bicubic"),
+    "beit": ("adamw", 1024, 4e-3, "100", "0", 1e-4, None, ["both"], False, [1.0], False, "bilinear"),
+    "ibot": ("sgd", 1024, 4.0, "100", "0", 0.0, [-1], ["both"], True, IBOT_RATES, False, "bilinear"),
+    "ibot_vit_small": (
+        "sgd", 1024, 4.0, "100", "0", 0.0, [[-4, -3, -2, -1]], ["token"], True, IBOT_RATES, False, "bilinear",
+    ),
+    "dinov2": (
+        "sgd", 1024, 4.0, "12500 steps", "0", 0.0, [[-1], [-4, -3, -2, -1]], ["token", "tokens_avg"], True,
+        DINOV2_RATES, False, "bicubic",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_published_settings_of_probes(name: str) -> None:
+    """MAE's main_linprobe.py, BEiT's run_linear_eval.py, iBOT's eval_linear_multi.py and DINOv2's eval/linear.py."""
+    optimizer, batch, lr, epochs, warmup, decay, *inputs, rates, batch_norm, interpolation = PROBES[name]
+    recipe = checked(ROOT / "configs" / "linear_probe" / f"{name}_in1k.yaml")
+    optim, objective = recipe.optim, plain(recipe.objective)
+    assert (optim.name, optim.betas[0], optim.batch_size) == (optimizer, 0.9, batch)
+    assert absolute_lr(optim) == pytest.approx(lr)
+    assert (str(optim.epochs), str(optim.warmup_epochs)) == (epochs, warmup)
+    assert (optim.weight_decay, optim.min_lr, optim.schedule, optim.clip_grad) == (decay, 0.0, "cosine", None)
+    assert [objective[key] for key in ("stages", "pools", "final_norm")] == inputs
+    assert objective["learning_rates"] == pytest.approx(rates)
+    assert (objective["batch_norm"], objective["head_std"]) == (batch_norm, 0.01)
+    augment = objective["augment"]
+    assert (augment["crop_scale"], augment["flip"], augment["interpolation"]) == ([0.08, 1.0], 0.5, interpolation)
+    assert (augment["auto_augment"], augment["color_jitter"], augment["erase"]) == (None, 0.0, 0.0)
+    assert augment["crop_retry"] == (name != "mae")
+
+
 def test_objectives_are_built_from_the_seed() -> None:
     recipe = checked(ROOT / "configs" / "pretrain" / "mae_digits.yaml")
     first, second = build_objective(recipe), build_objective(recipe)
@@ -256,7 +347,9 @@ def test_objectives_are_built_from_the_seed() -> None:
 
 @pytest.mark.parametrize(("folder", "section"), [("embed", EmbeddingRecipe), ("transfer", TransferRecipe)])
 def test_other_measuring_recipes_load(folder: str, section: type) -> None:
-    for file in sorted((ROOT / "configs" / folder).glob("*.yaml")):
+    files = sorted((ROOT / "configs" / folder).glob("*.yaml"))
+    assert files
+    for file in files:
         recipe = check_recipe(check(section, load([file], ["encoder.name=vit_tiny_patch16_224"])))
         assert recipe.run.dir.startswith("runs/"), file
 

@@ -156,7 +156,8 @@ def test_a_folder_of_transformers_is_probed_through_the_door(images: Path, tmp_p
     ]
     done = in_process("pipelines/knn.py", *words)
     assert done.returncode == 0, done.stderr
-    assert 0 < json.loads((tmp_path / "run" / "result.json").read_text())["evaluations"]["final"]["knn/top1"] <= 1
+    found = json.loads((tmp_path / "run" / "result.json").read_text())["evaluations"]["final"]
+    assert found["knn/top1"] > 0.9, "three colours, which random weights tell apart"
 
 
 def test_swin_windows_of_another_size(tmp_path: Path) -> None:

@@ -53,7 +53,8 @@ def test_a_page_of_a_run(images: Path, tmp_path: Path) -> None:
     for when in ("initial", "final"):
         assert f"{result[when]['knn/top1']:.4f}" in text
     assert "mask_ratio: 0.75" in text
-    assert '"torch"' in text or "torch" in text
+    environment = json.loads((folder / "environment.json").read_text())
+    assert f'"torch": "{environment["versions"]["torch"]}"' in text
 
     (folder / "result.json").unlink()
     (folder / "report.html").unlink()

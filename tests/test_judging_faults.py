@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
+import logging
+import re
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -16,18 +19,23 @@ from conftest import TINY_ENCODER, in_process, tiny_recipe, write_images
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_evaluation import PIXELS, subject
-from test_trainer import train
+from test_trainer import losses, train
 
 from ssl_vit import build
-from ssl_vit.config import InputError, check
+from ssl_vit.config import InputError, check, to_yaml
 from ssl_vit.encoders.base import create_encoder
+from ssl_vit.encoders.weights import fill_encoder, fill_objective
 from ssl_vit.evaluation.base import Subject
 from ssl_vit.evaluation.knn import KNN
 from ssl_vit.evaluation.sweep import Sweep
+from ssl_vit.export.command import ExportOptions, export
 from ssl_vit.objectives.base import Objective
+from ssl_vit.objectives.classification import Classification
+from ssl_vit.objectives.mae import MAE
 from ssl_vit.recipe import DataSection, EvaluationRecipe, Recipe, check_recipe
 from ssl_vit.run import evaluate, run
 from ssl_vit.splits import open_sets, resolve_classes
+from ssl_vit.training.checkpoint import read_checkpoint
 
 
 def judged(init: Path, images: Path, folder: Path, **values: Any) -> dict[str, float]:
@@ -68,8 +76,100 @@ def test_a_prefix_is_mapped_or_refused_never_ignored(prefix: str, mine: Path, im
         assert found == judged(mine, images, tmp_path / "own")["knn/top1"]
 
 
-def test_both_poolings_are_offered_and_no_parameter_is_random_and_frozen(images: Path) -> None:
-    """An encoder pretrained with its class token is probed on tokens and means behind the same, pretrained norm."""
+@pytest.mark.parametrize("prefix", ["encoder.", "net.vit."])
+def test_every_use_of_a_renamed_file_is_as_before_or_refused(
+    prefix: str, mine: Path, images: Path, tmp_path: Path
+) -> None:
+    """B82: probe, fine-tuning and export of the run's weights with a prefix before every name; kNN is above."""
+    source = tmp_path / "renamed"
+    source.mkdir()
+    state = load_file(mine / "encoder" / "model.safetensors")
+    save_file({prefix + name: tensor for name, tensor in state.items()}, source / "model.safetensors")
+    (source / "config.json").write_text((mine / "encoder" / "config.json").read_text())
+
+    def trained(name: str, init: Path) -> list[tuple[int, float]]:
+        values = tiny_recipe(images, tmp_path / f"{name}_{init.name}", optim__epochs="3 steps")
+        return losses(train({**values, "objective": {"name": name}, "encoder": {"init": str(init)}}))
+
+    if prefix == "encoder.":
+        for name in ("probe", "classification"):
+            assert trained(name, source) == trained(name, mine)
+        export(source, tmp_path / "exported", ExportOptions())
+        exported = load_file(tmp_path / "exported" / "model.safetensors")
+        assert exported.keys() == state.keys()
+        assert all(torch.equal(exported[name], state[name]) for name in state)
+        return
+    for use in (
+        lambda: trained("probe", source), lambda: trained("classification", source),
+        lambda: export(source, tmp_path / "exported", ExportOptions()),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match="no encoder tensor matches"):
+            use()
+    assert {path.name for path in tmp_path.iterdir()} == {"renamed"}, "nothing was begun"
+
+
+class Inside(torch.nn.Module):
+    """Holds a part under the name that DistributedDataParallel gives it."""
+
+    def __init__(self, part: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = part
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [torch.compile, Inside, lambda part: torch.compile(Inside(part)), lambda part: Inside(torch.compile(part))],
+    ids=["compile", "DDP", "compile of DDP", "DDP of compile"],
+)
+@pytest.mark.parametrize("blocks", [False, True], ids=["whole", "blocks compiled"])
+def test_names_of_any_nesting_of_wrappers(wrap: Any, blocks: bool, tmp_path: Path) -> None:
+    """B83: what others save of a wrapped objective fills an encoder and goes on as an objective.
+
+    What is saved here has clean names under every wrapper: test_compiled_blocks_train_the_same and test_strategies.py,
+    whose runs also go on from one another.
+    """
+    recipes = (tiny_recipe(tmp_path, tmp_path / "run", seed=seed) for seed in (1, 2))
+    source, other = (build.build_objective(check_recipe(check(Recipe, recipe))) for recipe in recipes)
+    clean = {name: tensor.clone() for name, tensor in source.state_dict().items()}
+    if blocks:
+        inner: Any = source.encoder.model
+        inner.blocks = torch.nn.Sequential(*(wrap(block) for block in inner.blocks))
+    names = wrap(source).state_dict()
+    assert names.keys().isdisjoint(clean)
+    torch.save({"model": names}, tmp_path / "wrapped.pt")
+    fill_objective(other, tmp_path / "wrapped.pt")
+    assert all(torch.equal(tensor, clean[name]) for name, tensor in other.state_dict().items())
+    encoder = create_encoder(**TINY_ENCODER)
+    fill_encoder(encoder, tmp_path / "wrapped.pt")
+    filled = {f"encoder.model.{name}": tensor for name, tensor in encoder.model.state_dict().items()}
+    assert all(torch.equal(tensor, clean[name]) for name, tensor in filled.items())
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_a_probe_has_the_pretrained_weights_and_trains_the_rest(
+    pool: str, mine: Path, images: Path, tmp_path: Path
+) -> None:
+    """B84: pretrained with a class token, probed on it and on the mean; a new norm that nothing trains is refused."""
+    values = tiny_recipe(images, tmp_path, objective={"name": "probe", "pools": [pool], "num_classes": 3})
+    values["encoder"] = {"init": str(mine), "global_pool": pool}
+    probe = build.build_objective(check_recipe(check(Recipe, values)))
+    state = load_file(mine / "encoder" / "model.safetensors")
+    frozen = {name: p for name, p in probe.named_parameters() if not p.requires_grad}
+    assert frozen.keys() == {f"encoder.model.{name}" for name in state}
+    assert all(torch.equal(p, state[name.removeprefix("encoder.model.")]) for name, p in frozen.items())
+    trained = {name.split(".")[0] for name, p in probe.named_parameters() if p.requires_grad}
+    assert trained == {"heads"}
+    new = {"init": str(mine), "global_pool": "avg", "fc_norm": True}
+    with pytest.raises(InputError, match=r"encoder\.fc_norm=true: .*has no norm behind the pooling.*allowed: false"):
+        build.build_objective(check_recipe(check(Recipe, values | {"encoder": new})))
+    with pytest.raises(InputError, match=r"encoder\.fc_norm=true: .*nothing here trains a new one"):
+        judged(mine, images, tmp_path / "run", encoder=new)
+    values = tiny_recipe(images, tmp_path, objective={"name": "classification", "num_classes": 3, "ema_decay": 0.9})
+    assert build.build_objective(check_recipe(check(Recipe, values | {"encoder": new})))
+
+
+def test_both_poolings_are_offered_and_nothing_new_stands_between(images: Path) -> None:
+    """B84: pretrained with its class token, an encoder is probed on tokens and means behind one pretrained norm."""
     one = subject(images)
     encoder = one.objective.encoder
     tokens = encoder(torch.randn(2, 3, 32, 32))
@@ -228,42 +328,134 @@ def test_only_the_encoder_computes_in_bf16(images: Path, tmp_path: Path, monkeyp
     assert outside == [(False, torch.float32)]
 
 
-def test_a_chain_of_fine_tunings(mine: Path, images: Path, tmp_path: Path) -> None:
-    """Three classes at 32 px, then five at 48 from what that left; timm takes the export at a third size."""
+def test_a_chain_of_fine_tunings(mine: Path, images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """B88: three classes at 32 px, then five at 48 from what that left; timm takes the export at a third size.
+
+    As ``encoder.init`` a classifier loses its head, which is said; as ``objective.init`` it keeps it, also at 64 px.
+    """
     five = write_images(tmp_path / "five", classes=5, per_class=4)
+    caplog.set_level(logging.INFO, logger="ssl_vit")
 
-    def tune(folder: str, init: Path, data: Path, size: int) -> None:
-        values = tiny_recipe(data, tmp_path / folder, objective={"name": "classification"}, evals={"accuracy": {}})
-        values["encoder"] = {"init": str(init), "img_size": size}
-        run(check_recipe(check(Recipe, values)))
+    def tune(folder: str, data: Path, objective: dict[str, Any], encoder: dict[str, Any]) -> dict[str, Any]:
+        values = tiny_recipe(data, tmp_path / folder, evals={"accuracy": {}}, encoder=encoder)
+        run(check_recipe(check(Recipe, {**values, "objective": {"name": "classification", **objective}})))
+        return json.loads((tmp_path / folder / "result.json").read_text())
 
-    tune("three", mine, images, 32)
-    tune("five_classes", tmp_path / "three", five, 48)
+    tune("three", images, {}, {"init": str(mine), "img_size": 32})
+    caplog.clear()
+    checkpoint = tmp_path / "three" / "checkpoints" / "step_00000012"
+    result = tune("five_classes", five, {}, {"init": str(checkpoint), "img_size": 48})
+    assert "objective.num_classes: 5, the classes of data.train" in caplog.text
+    assert re.search(r"encoder\.init: .*: (\d+)/\1 tensors loaded; ignored: head; pos_embed", caplog.text)
+    saved = read_checkpoint(tmp_path / "five_classes" / "checkpoints" / "step_00000012").weights
+    assert read_checkpoint(checkpoint).weights["head.weight"].shape == (3, 48)
+    assert saved["head.weight"].shape == (5, 48)
+    assert result["evaluations"]["initial"]["accuracy/top1"] < 0.5 < result["evaluations"]["final"]["accuracy/top1"]
     found = judged(tmp_path / "five_classes", five, tmp_path / "judged", evals={"accuracy": {}})
-    log = (tmp_path / "five_classes" / "train.log").read_text()
-    assert "objective.num_classes" in log or "5" in log
-    result = json.loads((tmp_path / "five_classes" / "result.json").read_text())
-    assert 0 <= result["evaluations"]["final"]["accuracy/top1"] <= 1
     assert found["accuracy/top1"] == result["evaluations"]["final"]["accuracy/top1"], "the head of the run counts"
     assert result["data"]["val"]["classes"] == 5
+    released = {name.removeprefix("encoder.model."): tensor for name, tensor in saved.items()}
+    torch.save({"model": released}, tmp_path / "released.pth")
+    kept = [
+        tune(f"again_{init}", five, {"init": str(tmp_path / init)}, {**TINY_ENCODER, "img_size": 64})["evaluations"]
+        for init in ("five_classes", "released.pth")
+    ]
+    assert kept[0]["initial"]["accuracy/top1"] == kept[1]["initial"]["accuracy/top1"] > 0.5
+    with pytest.raises(InputError, match=r"objective\.init=.*head\.weight \[5, 48\] in the file, \[3, 48\] here"):
+        tune("other", images, {"init": str(tmp_path / "five_classes")}, {**TINY_ENCODER, "img_size": 48})
     model = timm.create_model(f"local-dir:{tmp_path / 'five_classes' / 'encoder'}", pretrained=True, img_size=64)
     assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 48)
 
 
-def test_every_file_opens_without_unpickling_code(mine: Path) -> None:
-    """A run's settings hold paths, tuples and numbers of numpy; its files need no more than tensors."""
-    for file in mine.rglob("*"):
-        if file.suffix == ".safetensors":
-            assert load_file(file)
-        elif file.suffix in (".pt", ".pth", ".bin"):
-            assert torch.load(file, weights_only=True) is not None
-        elif file.suffix in (".json", ".jsonl"):
-            assert [
-                json.loads(line)
-                for line in ([file.read_text()] if file.suffix == ".json" else file.read_text().splitlines())
-            ]
-        else:
-            assert file.suffix not in (".pkl", ".pickle"), file
+def test_a_fine_tuning_that_stays_broken_names_what_can_be_used(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """B89: losses are infinite from step 15 on; exit code 1, and the message names the best checkpoint, which loads."""
+    now, loss = {"step": 0}, Classification.loss
+
+    def before_step(self: Classification, progress: Any) -> None:
+        now["step"] = progress.step + 1
+
+    def broken(self: Classification, batch: dict[str, Any]) -> Any:
+        value, metrics = loss(self, batch)
+        return value * (float("inf") if now["step"] >= 15 else 1.0), metrics
+
+    monkeypatch.setattr(Classification, "before_step", before_step)
+    monkeypatch.setattr(Classification, "loss", broken)
+    values = tiny_recipe(images, tmp_path / "run", objective={"name": "classification"}, optim__max_skips=3,
+                         optim__epochs="40 steps", evals={"accuracy": {"every": "2 steps"}})  # fmt: skip
+    values["run"] |= {"keep_best": "accuracy/top1", "keep_last": 1}
+    (tmp_path / "recipe.yaml").write_text(to_yaml(values))
+    with pytest.raises(FloatingPointError) as stopped:  # uncaught, so a process ends with 1
+        in_process("pipelines/finetune.py", "--config", str(tmp_path / "recipe.yaml"))
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 1)
+    assert str(stopped.value) in status["message"]
+    named = re.search(r"also after going back to a checkpoint; (\S+) can be used; ", str(stopped.value))
+    assert named is not None
+    best = read_checkpoint(Path(named[1])).state["best"]
+    assert named[1].endswith(f"step_{best['step']:08d}")
+    assert best["step"] <= 14
+    assert judged(Path(named[1]), images, tmp_path / "judged")["knn/top1"] > 0.9
+
+
+def test_every_file_opens_without_unpickling_code(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """B90: settings hold tuples, the best figure is a number of numpy; files hold tensors and text.
+
+    Of others' files a Namespace beside the tensors is left aside (test_weights.py), anything else is refused by name.
+    """
+    monkeypatch.setattr(KNN, "__call__", lambda self, subject: {"top1": np.float64(0.5)})
+    values = tiny_recipe(images, tmp_path / "run", evals={"knn": {"every": "4 steps"}})
+    values["optim"] |= {"betas": (0.9, 0.95)}
+    values["run"] |= {"keep_best": "knn/top1"}
+    run(check_recipe(check(Recipe, values)))
+    opened = {".safetensors": load_file, ".json": lambda file: json.loads(file.read_text()),
+              ".jsonl": lambda file: [json.loads(line) for line in file.read_text().splitlines()],
+              ".pt": lambda file: torch.load(file, weights_only=True)}  # fmt: skip
+    files = [file for file in (tmp_path / "run").rglob("*") if file.is_file()]
+    assert all(opened[file.suffix](file) for file in files if file.suffix in opened)
+    assert {file.suffix for file in files} == {*opened, "", ".yaml", ".log", ".md", ".html"}
+    assert {file.name for file in files if not file.suffix} == {"latest", ".lock"}
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step_00000012" / "state.json").read_text())
+    assert state["best"] == {"name": "knn/top1", "value": 0.5, "step": 0}
+    state = {"model": load_file(tmp_path / "run" / "encoder" / "model.safetensors")}
+    for name, value in (("numpy", np.float64(0.5)), ("path", tmp_path)):
+        file = tmp_path / f"{name}.pth"
+        torch.save({**state, "best": value}, file)
+        with pytest.raises(
+            InputError, match=rf"{name}\.pth: refused, it holds more than tensors \(\S+\); .*state dict"
+        ):
+            judged(file, images, tmp_path / name, encoder={**TINY_ENCODER, "init": str(file)})
+
+
+def test_tensors_that_are_one_are_saved_and_stay_one(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """B92: a head with two names, saved before the first step, goes on from there as in a run without a stop."""
+    init = MAE.__init__
+
+    @functools.wraps(init)
+    def tied(self: MAE, *args: Any, **arguments: Any) -> None:
+        init(self, *args, **arguments)
+        self.teacher_pred = self.decoder_pred
+
+    monkeypatch.setattr(MAE, "__init__", tied)
+    values = tiny_recipe(images, tmp_path / "straight", optim__epochs="8 steps", run__keep_last=9)
+    straight = train(values)
+    first, last = (straight / "checkpoints" / f"step_{step:08d}" for step in (0, 8))
+    for folder in (first, last):
+        saved = read_checkpoint(folder).weights
+        assert torch.equal(saved["decoder_pred.weight"], saved["teacher_pred.weight"])
+    values["run"]["dir"] = str(tmp_path / "again")
+    again = train(values, resume=str(first))
+    assert losses(again) == losses(straight)
+    other = build.build_objective(check_recipe(check(Recipe, values)))
+    fill_objective(other, last)
+    assert other.get_parameter("decoder_pred.weight") is other.get_submodule("teacher_pred").weight
+    weights = read_checkpoint(last).weights
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in other.state_dict().items())
 
 
 def test_positions_of_a_transformers_export_at_two_sizes(tmp_path: Path) -> None:

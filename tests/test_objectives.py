@@ -151,8 +151,8 @@ def test_calls_go_through_one_door(name: str, images: Path, tmp_path: Path) -> N
     with pytest.raises(ValueError, match="allowed: loss, encode"):
         objective(batch, call="enocde")
     if "pictures" in CALLS and hasattr(objective, "pictures"):
-        for picture in objective({"image": image}, call="pictures").values():
-            assert picture.shape == image.shape
+        pictures = objective({"image": image}, call="pictures")
+        assert {picture.shape for picture in pictures.values()} == {image.shape}
 
 
 def test_an_objective_alone_measures_but_does_not_train() -> None:

@@ -78,7 +78,7 @@ def test_pretraining_through_accelerate_leaves_the_whole_folder(trained: Path) -
     assert status(trained)["state"] == "finished"
     result = json.loads((trained / "result.json").read_text())
     assert {"knn/top1", "linear/top1", "linear/standard_error"} <= result["evaluations"]["final"].keys()
-    assert result["evaluations"]["initial"]["knn/top1"] <= 1
+    assert result["evaluations"]["initial"].keys() == {"step", *result["evaluations"]["final"]}
     assert result["export_difference"] <= 1e-5
     card = (trained / "README.md").read_text()
     assert f'timm.create_model("local-dir:{trained / "encoder"}", pretrained=True)' in card

@@ -110,6 +110,7 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not() -> None:
     recipe = published("mae_vit_huge_patch14_in1k")
     report = make_plan(recipe, PlanSection(gpus=8, gpu_memory=80), "huge")
     assert report.steps == 250_228
+    assert {row["checkpointing"] for row in report.rows} == {False, True}
     for row in report.rows:
         line = report.cost.checkpointed if row["checkpointing"] else report.cost.activations
         assert line is not None

@@ -197,7 +197,7 @@ def test_the_door(images: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "probe" / "result.json").read_text())
     assert result["heads"] == ["stage_2_token"]
-    assert 0 < result["evaluations"]["final"]["heads/top1"] <= 1
+    assert result["evaluations"]["final"]["heads/top1"] > 0.5, "chance is a third"
     assert "evals.accuracy" in in_process("pipelines/linear_probe.py", "--config", "configs/linear_probe/mae_in1k.yaml",
                                           *words, "evals.accuracy={}").stderr  # fmt: skip
     done = in_process("pipelines/linear_probe.py", "--config", str(tmp_path / "run.yaml"))

@@ -143,6 +143,7 @@ def test_a_signal_while_packing_keeps_what_is_packed(tmp_path: Path, monkeypatch
     assert message.startswith("SIGTERM: stopped before the first checkpoint; start the same command again")
     assert status(folder)["state"] == "preempted"
     left = [f.name for f in (tmp_path / "cache").iterdir() if not f.name.endswith(".lock")]
+    assert left
     assert all(name.startswith(".") for name in left), "nothing that looks whole"
     again = start(tiny_recipe(images, folder), folder, [])
     assert again.wait(timeout=120) == 0

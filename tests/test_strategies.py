@@ -268,16 +268,19 @@ def test_any_checkpoint_is_exported_and_judged(group: tuple[str, Path], data: Pa
     export(checkpoint, tmp_path / "encoder.safetensors", ExportOptions(format="state_dict"))
     weights = load_file(tmp_path / "encoder.safetensors")
     saved = read_checkpoint(checkpoint).weights
+    assert {f"encoder.model.{name}" for name in weights} == {name for name in saved if name.startswith("encoder.")}
     assert all(torch.equal(tensor, saved[f"encoder.model.{name}"]) for name, tensor in weights.items())
     with pytest.raises(InputError, match="is there already"):
         export(checkpoint, tmp_path / "encoder", ExportOptions())
+    last = folder / "fresh" / "checkpoints" / "step_00000020"
     values = {
-        "encoder": {"init": str(checkpoint)}, "evals": {"knn": {"k": [5]}}, "mixed_precision": "no",
+        "encoder": {"init": str(last)}, "evals": {"knn": {"k": [5]}}, "mixed_precision": "no",
         "run": {"dir": str(tmp_path / "judged"), "tensorboard": False},
         "data": {"train": f"folder:{data}", "val": f"folder:{data}"},
     }  # fmt: skip
     evaluate(check_recipe(check(EvaluationRecipe, values)))
-    assert 0 < json.loads((tmp_path / "judged" / "result.json").read_text())["evaluations"]["final"]["knn/top1"] <= 1
+    found = json.loads((tmp_path / "judged" / "result.json").read_text())["evaluations"]["final"]["knn/top1"]
+    assert found == pytest.approx(lines(folder / "fresh", training=False)[-1]["knn/top1"], abs=1 / 71)
 
 
 def test_bf16_keeps_weights_in_full_precision(group: tuple[str, Path], single: Path) -> None:

@@ -249,7 +249,9 @@ def test_a_run_that_stays_broken_stops_with_a_cure(
     with pytest.raises(FloatingPointError, match=r"steps 9 to 11.*also after going back.*lower optim\.base_lr"):
         train(values)
     folder = RunFolder(tmp_path / "run")
-    for step in Checkpoints(folder.checkpoints).steps():
+    steps = Checkpoints(folder.checkpoints).steps()
+    assert steps
+    for step in steps:
         saved = read_checkpoint(folder.checkpoints / f"step_{step:08d}")
         assert all(tensor.isfinite().all() for tensor in saved.weights.values())
 

@@ -313,22 +313,24 @@ def test_metrics_survive_a_cut_line(tmp_path: Path) -> None:
 
 
 def test_tensorboard_has_each_step_once_after_a_resume(tmp_path: Path) -> None:
-    """B99."""
+    """B99: to step 100, on from the checkpoint of step 60 to 120; other processes write nothing."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     def line(step: int) -> dict[str, Any]:
         return {"step": step, "epoch": 0.1, "loss": 1.0 / step, "lr": 0.1, "images_per_second": 1.0, "data_wait": 0.0,
                 "samples_seen": step}  # fmt: skip
 
-    for start, stop in ((0, 10), (6, 12)):
-        log = MetricsLog(tmp_path, start, 12, tensorboard=True)
-        for step in range(start + 1, stop + 1):
-            log.train(line(step))
-        log.close()
+    for start, stop in ((0, 100), (60, 120)):
+        for folder, main in ((tmp_path, True), (tmp_path / "other", False)):
+            log = MetricsLog(folder, start, 120, tensorboard=True, active=main)
+            for step in range(start + 1, stop + 1):
+                log.train(line(step))
+            log.close()
         time.sleep(1.1)
+    assert not (tmp_path / "other").exists()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("train/loss")
-    assert [event.step for event in events] == list(range(1, 13))
-    assert [v["step"] for v in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, 13))
+    assert [event.step for event in events] == list(range(1, 121))
+    assert [v["step"] for v in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, 121))
 
 
 def test_a_broken_tracker_does_not_stop_a_run(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -212,9 +212,12 @@ class Trainer:
         return saved.step
 
     def _broken(self, what: str) -> FloatingPointError:
+        steps = self.checkpoints.steps()
+        good = self.best_step if self.best_step in steps else steps[-1] if steps else None
+        left = "" if good is None else f"; {self.checkpoints.path(good)} can be used"
         return FloatingPointError(
-            f"{what}; the samples are named in {self.skips.path}; lower optim.base_lr, set optim.clip_grad, or look at "
-            "these samples, and start a new run"
+            f"{what}{left}; the samples are named in {self.skips.path}; lower optim.base_lr, set optim.clip_grad, or "
+            "look at these samples, and start a new run"
         )
 
     def _seed(self, step: int) -> None:
