@@ -209,7 +209,7 @@ def test_published_settings_of_augreg() -> None:
 
 
 def test_published_settings_of_beit() -> None:
-    """RECIPES 2.1: AdamW 1.5e-3 absolute at 2048, wd .05, clip 3, 75 of 196 in blocks of 16 and more, two crops."""
+    """AdamW 1.5e-3 absolute at 2048, wd .05, clip 3 (v1's L: 1), 75 of 196 in blocks of 16 and more, two crops."""
     names = {
         "beit_vit_base_patch16_in1k": (800, 0.999, 0.1, 0.1, None, 0.08, 112, "lanczos", True),
         "beit_vit_large_patch16_in1k": (800, 0.999, 1e-5, 0.1, None, 0.08, 112, "lanczos", True),
@@ -221,14 +221,16 @@ def test_published_settings_of_beit() -> None:
         recipe = checked(ROOT / "configs" / "pretrain" / f"{name}.yaml")
         optim, objective, encoder = recipe.optim, recipe.objective, recipe.encoder
         assert (optim.batch_size, optim.base_lr, optim.lr_divisor, optim.min_lr) == (2048, 1.5e-3, None, 1e-5), name
-        assert (optim.betas, optim.weight_decay, optim.clip_grad) == ((0.9, beta2), 0.05, 3.0), name
+        clip = 1.0 if name == "beit_vit_large_patch16_in1k" else 3.0
+        assert (optim.betas, optim.weight_decay, optim.clip_grad) == ((0.9, beta2), 0.05, clip), name
+        "beitv2_vit_large_patch16_in1k_300ep": (300, 0.98, 1e-5, 0.0, 21, 0.2, None, "bicubic", False),
         assert (str(optim.epochs), str(optim.warmup_epochs)) == (str(epochs), "10"), name
         assert (encoder["layer_scale"], encoder["drop_path_rate"]) == (scale, drop_path), name
         assert (encoder["rel_pos"], encoder["abs_pos"]) == ("shared", False), name
         found = {key: objective[key] for key in ("early_layer", "target_size", "target_interpolation", "varying_count")}
         assert list(found.values()) == [early, size, interpolation, varying], name
         assert (objective["num_masked"], objective["min_block"], objective["crop_scale"]) == (75, 16, (crop, 1.0)), name
-        assert recipe.data.mean == ([0.5] * 3 if name.startswith("beit_") else [0.485, 0.456, 0.406]), name
+        assert (recipe.data.mean, recipe.data.std) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), name
 
 
 def test_published_settings_of_vqkd() -> None:
