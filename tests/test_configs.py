@@ -49,10 +49,13 @@ ENCODER_MILLIONS = {
     "classification_vit_base_patch16_in1k": 85.8,
     "classification_vit_base_patch16_deit_in1k": 85.8,
     "classification_vit_small_patch16_deit_in1k": 21.7,
+    "classification_vit_tiny_patch16_deit_in1k": 5.5,
     "classification_vit_large_patch16_in1k": 303.3,
+    "classification_vit_large_patch16_augreg_in1k": 303.3,
     "classification_vit_huge_patch14_in1k": 630.8,
     "deit_vit_base_patch16_in1k": 85.8,
     "deit_vit_small_patch16_in1k": 21.7,
+    "deit_vit_tiny_patch16_in1k": 5.5,
     "beit_vit_base_patch16_in1k": 85.7,
     "beit_vit_large_patch16_in1k": 303.1,
     "beitv2_vit_base_patch16_in1k": 85.7,
@@ -176,7 +179,8 @@ def test_published_settings_of_mae() -> None:
     "name",
     [
         "classification_vit_base_patch16_deit_in1k", "classification_vit_small_patch16_deit_in1k",
-        "deit_vit_base_patch16_in1k", "deit_vit_small_patch16_in1k",
+        "classification_vit_tiny_patch16_deit_in1k",
+        "deit_vit_base_patch16_in1k", "deit_vit_small_patch16_in1k", "deit_vit_tiny_patch16_in1k",
     ],
 )  # fmt: skip
 def test_published_settings_of_deit(name: str) -> None:
@@ -185,6 +189,7 @@ def test_published_settings_of_deit(name: str) -> None:
     optim, objective = recipe.optim, plain(recipe.objective)
     assert (optim.name, optim.betas, optim.weight_decay, optim.clip_grad) == ("adamw", (0.9, 0.999), 0.05, None)
     assert (optim.batch_size, absolute_lr(optim), optim.min_lr) == (1024, pytest.approx(1e-3), 1e-5)
+    assert optim.warmup_lr == 1e-6
     assert (str(optim.epochs), str(optim.warmup_epochs), recipe.data.repeats) == ("300", "5", 3)
     assert (objective["mix"]["mixup"], objective["mix"]["cutmix"], objective["label_smoothing"]) == (0.8, 1.0, 0.1)
     assert (objective["augment"]["auto_augment"], objective["augment"]["erase"]) == ("rand-m9-mstd0.5-inc1", 0.25)
@@ -197,9 +202,10 @@ def test_published_settings_of_deit(name: str) -> None:
         )
 
 
-def test_published_settings_of_augreg() -> None:
+@pytest.mark.parametrize("name", ["base_patch16", "large_patch16_augreg"])
+def test_published_settings_of_augreg(name: str) -> None:
     """RECIPES: 1e-3, decay 1e-4 relative to it, 10k steps, 300 epochs, batch 4096, medium2, sigmoid loss, bias -6.9."""
-    recipe = checked(ROOT / "configs" / "pretrain" / "classification_vit_base_patch16_in1k.yaml")
+    recipe = checked(ROOT / "configs" / "pretrain" / f"classification_vit_{name}_in1k.yaml")
     optim, objective = recipe.optim, plain(recipe.objective)
     assert (optim.batch_size, absolute_lr(optim), optim.clip_grad) == (4096, 1e-3, 1.0)
     assert absolute_lr(optim) * optim.weight_decay == pytest.approx(1e-4)
@@ -216,6 +222,7 @@ def test_published_settings_of_beit() -> None:
         "beitv2_vit_base_patch16_in1k": (1600, 0.999, 0.1, 0.1, 9, 0.2, None, "bicubic", False),
         "beitv2_vit_base_patch16_in1k_300ep": (300, 0.98, 0.1, 0.0, 9, 0.2, None, "bicubic", False),
         "beitv2_vit_large_patch16_in1k": (1600, 0.999, 1e-5, 0.1, 21, 0.2, None, "bicubic", False),
+        "beitv2_vit_large_patch16_in1k_300ep": (300, 0.98, 1e-5, 0.0, 21, 0.2, None, "bicubic", False),
     }
     for name, (epochs, beta2, scale, drop_path, early, crop, size, interpolation, varying) in names.items():
         recipe = checked(ROOT / "configs" / "pretrain" / f"{name}.yaml")
@@ -223,7 +230,6 @@ def test_published_settings_of_beit() -> None:
         assert (optim.batch_size, optim.base_lr, optim.lr_divisor, optim.min_lr) == (2048, 1.5e-3, None, 1e-5), name
         clip = 1.0 if name == "beit_vit_large_patch16_in1k" else 3.0
         assert (optim.betas, optim.weight_decay, optim.clip_grad) == ((0.9, beta2), 0.05, clip), name
-        "beitv2_vit_large_patch16_in1k_300ep": (300, 0.98, 1e-5, 0.0, 21, 0.2, None, "bicubic", False),
         assert (str(optim.epochs), str(optim.warmup_epochs)) == (str(epochs), "10"), name
         assert (encoder["layer_scale"], encoder["drop_path_rate"]) == (scale, drop_path), name
         assert (encoder["rel_pos"], encoder["abs_pos"]) == ("shared", False), name
