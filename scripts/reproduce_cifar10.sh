@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The table of the README: every objective on CIFAR-10 with one encoder (patch 8, width 192, depth 6), one after the other.
+# The numbers of the README: every objective on CIFAR-10 with one encoder (patch 8, width 192, depth 6), one after the other.
 #   bash scripts/reproduce_cifar10.sh CIFAR10 [RUNS]
 # CIFAR10: folder with train/CLASS/*.{png,jpg} and test/CLASS/*; RUNS: where runs go, default runs/cifar10. Two CPU cores
 # take about three hours. What is finished is not done again, and what was stopped goes on, so it can be started any time.
@@ -31,4 +31,7 @@ train beit pretrain_beit beit_vit_tiny_cifar10 \
     "objective.tokenizer.path=$runs/tokenizer/tokenizer" "objective.tokenizer.sha256=$hash"
 train ibot pretrain_ibot ibot_vit_tiny_cifar10
 
-"$python" "$here/pipelines/compare.py" "$runs"/{mae,simmim,supervised,deit,beit,ibot} "out=$runs/comparison"
+"$python" "$here/pipelines/compare.py" "$runs"/{mae,simmim,supervised,deit,beit,ibot} \
+    measures=knn/top1,linear/top1,few_shot/top1 "out=$runs/comparison"
+"$python" "$here/pipelines/compare.py" "$runs"/{tokenizer,beit,teacher,deit,supervised} "out=$runs/tokens_and_classes" \
+    measures=codebook/cosine,codebook/usage,codebook/entropy,codebook/masked_accuracy,codebook/commonest,accuracy/top1

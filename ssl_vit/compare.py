@@ -57,7 +57,8 @@ class Record:
         found = [numbers for _, numbers in self.measured if measure in numbers]
         if not found:
             return None
-        return found[0][measure], found[-1][measure], found[-1].get(measure.replace("top1", "standard_error"))
+        error = found[-1].get(measure.replace("top1", "standard_error")) if measure.endswith("/top1") else None
+        return found[0][measure], found[-1][measure], error
 
 
 def read_run(path: Path) -> Record:

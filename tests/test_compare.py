@@ -40,6 +40,20 @@ def test_a_table_of_runs(images: Path, tmp_path: Path) -> None:
     assert "first (running)" in table([read_run(first)], ["knn/top1"])
 
 
+def test_any_number_can_be_a_column(tmp_path: Path) -> None:
+    """Only accuracies have a standard error; what a run has not measured is a dash."""
+    (tmp_path / "recipe.yaml").write_text("objective: {name: beit}\n")
+    lines = [
+        {"step": 0, "codebook/usage": 0.5, "knn/top1": 0.1, "knn/standard_error": 0.01},
+        {"step": 3, "codebook/usage": 1.0, "knn/top1": 0.2, "knn/standard_error": 0.02},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    row = table([read_run(tmp_path)], ["codebook/usage", "codebook/cosine", "knn/top1"]).splitlines()[2]
+    assert [cell.strip() for cell in row.strip("|").split("|")][-3:] == [
+        "0.5000 -> 1.0000", "-", "0.1000 -> 0.2000 (± 0.0200)",
+    ]  # fmt: skip
+
+
 def test_what_cannot_be_compared_is_named(images: Path, tmp_path: Path) -> None:
     run = train(tiny_recipe(images, tmp_path / "run", evals={"knn": {"k": [5]}}))
     with pytest.raises(InputError, match=r"no run \(recipe\.yaml and metrics\.jsonl"):
