@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -93,22 +94,26 @@ def beit(images: Path, tmp_path: Path, name: str, cache: bool = True, **changes:
     return values
 
 
-def deit(images: Path, tmp_path: Path, name: str, cache: bool = True, **changes: Any) -> dict[str, Any]:
-    torch.manual_seed(4)
-    objective = {"name": "deit", "teacher": tiny_teacher(tmp_path), "distillation": "soft"}
+def deit(
+    images: Path, tmp_path: Path, name: str, cache: bool = True, teacher: int = 4, **changes: Any
+) -> dict[str, Any]:
+    torch.manual_seed(teacher)
+    objective = {"name": "deit", "teacher": tiny_teacher(tmp_path / f"teacher_{teacher}"), "distillation": "soft"}
     objective |= {"target_cache": str(tmp_path / "targets")} if cache else {}
     values = tiny_recipe(images, tmp_path / name, objective=objective, data__fixed_passes=2, **changes)
     values["encoder"] = {**TINY_ENCODER, "name": "deit_tiny_distilled_patch16_224"}
     return values
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize(
     ("recipe", "network", "call"), [(beit, EncoderTokenizer, "codes_of"), (deit, Teacher, "forward")]
 )
 def test_a_run_with_a_cache_is_the_run_without(
-    recipe: Any, network: type, call: str, images: Path, tmp_path: Path
+    recipe: Any, network: type, call: str, precision: str, images: Path, tmp_path: Path
 ) -> None:
     """The frozen network runs in the first passes only, and not at all in a second run; every loss is what it was."""
+    recipe = functools.partial(recipe, mixed_precision=precision)
     expected = losses(train(recipe(images, tmp_path, "plain", cache=False)))
     real, calls = getattr(network, call), []
 
@@ -124,8 +129,27 @@ def test_a_run_with_a_cache_is_the_run_without(
         assert losses(resumed) == expected[8:]
         assert losses(train(recipe(images, tmp_path, "second"))) == expected
         assert sum(calls) == 2 * 72
-        train(recipe(images, tmp_path, "other_seed", seed=1))
-        assert len(list((tmp_path / "targets").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes"),
+    [
+        (beit, {"tokenizer": {"objective__tokenizer": tokenizer_file(64, 16)}, "view": {"objective__flip": 0.0}}),
+        (deit, {"teacher": {"teacher": 5}, "view": {"objective__augment": {"crop_scale": [0.5, 1.0]}}}),
+    ],
+)
+def test_what_changes_the_targets_begins_another_file(
+    recipe: Any, changes: dict[str, Any], images: Path, tmp_path: Path
+) -> None:
+    """Another seed, view, tokenizer or teacher of the same form; not another learning rate."""
+    short: dict[str, Any] = {"optim__epochs": "1 steps", "optim__warmup_epochs": 0}
+    changes = {"nothing": {}, "lr": {"optim__base_lr": 1e-2}, "seed": {"seed": 1}, **changes}
+    found = {}
+    for name, change in changes.items():
+        before = set((tmp_path / "targets").glob("*"))
+        train(recipe(images, tmp_path, name, **short, **change))
+        found[name] = len(set((tmp_path / "targets").iterdir()) - before)
+    assert found == {name: int(name != "lr") for name in changes}
 
 
 def test_a_cache_that_cannot_be_right_is_refused(images: Path, tmp_path: Path) -> None:

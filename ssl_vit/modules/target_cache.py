@@ -58,7 +58,7 @@ class TargetCache:
 
         Args:
             places: int64 (B,), which recurring views these are; -1: one that does not recur.
-            compute: gives the targets (B, ...) of the whole batch, always of the same shape and type.
+            compute: gives the targets (B, ...) of the whole batch, always of the same shape and type, one of numpy's.
 
         Returns:
             What is stored if all of it is, else ``compute()``, which is stored.

@@ -94,10 +94,9 @@ class DeiT(Objective):
         image, target = self.mixer(batch["image"], batch["label"], self.training)
         logits, distilled = self._both(image)
         labels = soft_loss(logits, target, "ce")
-        teacher = self.cached(batch, lambda: self.teacher(image)).to(
-            torch.promote_types(distilled.dtype, torch.float32)
-        )
-        distillation = self._distillation(distilled.to(teacher.dtype), teacher)
+        dtype = torch.promote_types(distilled.dtype, torch.float32)  # numpy, which keeps the cache, has no bfloat16
+        teacher = self.cached(batch, lambda: self.teacher(image).to(dtype))
+        distillation = self._distillation(distilled.to(dtype), teacher)
         loss = (1 - self.alpha) * labels + self.alpha * distillation
         return loss, {"label_loss": labels.detach(), "distillation_loss": distillation.detach()}
 
