@@ -192,6 +192,32 @@ def test_teachers_from_vits_timm_folders_and_safetensors(tmp_path: Path) -> None
     torch.testing.assert_close(teacher(ours), model(theirs), rtol=1e-4, atol=1e-4)
 
 
+def saved(name: str, folder: Path) -> tuple[Any, TeacherSection]:
+    """A timm model of 5 classes, and the section that takes it as teacher for pictures of 64 px."""
+    torch.manual_seed(3)
+    model: Any = timm.create_model(name, num_classes=5).eval()
+    torch.save(model.state_dict(), folder / "teacher.pth")
+    return model, TeacherSection(weights=str(folder / "teacher.pth"), name=name, img_size=64)
+
+
+def test_a_vit_by_name_teaches_at_another_size(tmp_path: Path) -> None:
+    """Its positions are resized as timm resizes those of published weights."""
+    from timm.models.vision_transformer import checkpoint_filter_fn
+
+    model, section = saved("vit_tiny_patch16_224", tmp_path)
+    expected: Any = timm.create_model(section.name, num_classes=5, img_size=64).eval()
+    expected.load_state_dict(checkpoint_filter_fn(model.state_dict(), expected))
+    teacher = Teacher(section, 5, model.pretrained_cfg["mean"], model.pretrained_cfg["std"]).eval()
+    image = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(teacher(image), expected(image), rtol=1e-4, atol=1e-4)
+
+
+def test_a_teacher_of_one_size_is_refused_at_another(tmp_path: Path) -> None:
+    _, section = saved("convit_tiny", tmp_path)
+    with pytest.raises(ValueError, match=r"teacher\.img_size=\[64, 64\]: convit_tiny takes no images of this size \("):
+        Teacher(section, 5, MEAN, STD)
+
+
 @pytest.mark.parametrize(
     ("section", "classes", "message"),
     [

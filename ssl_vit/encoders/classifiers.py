@@ -6,9 +6,11 @@ import contextlib
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ssl_vit.config import InputError, nearest
+from ssl_vit.encoders.architectures import height_width
 from ssl_vit.encoders.base import create_encoder
 from ssl_vit.encoders.files import encoder_config, load_state
 
@@ -32,7 +34,9 @@ class Classifier:
     std: tuple[float, ...]
 
 
-def load_classifier(weights: str, name: str | None, num_classes: int, in_chans: int) -> Classifier:
+def load_classifier(
+    weights: str, name: str | None, num_classes: int, in_chans: int, img_size: int | tuple[int, int] | None = None
+) -> Classifier:
     """Build a classifier and fill all of it, its last layer included.
 
     Args:
@@ -41,10 +45,11 @@ def load_classifier(weights: str, name: str | None, num_classes: int, in_chans: 
         name: timm architecture; None: what the run or folder says of itself.
         num_classes: logits.
         in_chans: channels of the images.
+        img_size: of its images, to which positions and windows are resized; None: as it was trained.
 
     Raises:
         InputError: the file is missing or does not say what it holds.
-        ValueError: the architecture is unknown, or the weights do not fit it.
+        ValueError: the architecture is unknown, the weights do not fit it, or it takes no images of this size.
     """
     import timm
 
@@ -63,9 +68,24 @@ def load_classifier(weights: str, name: str | None, num_classes: int, in_chans: 
     state = _timm_names(load_state(weights, whole=True), config["classifier"], weights)
     _fill(model, state, f"teacher.weights={weights}", name)
     data = stated.get("data", {})
-    size = stated.get("img_size", config["input_size"][-2:])
+    size = height_width(img_size or stated.get("img_size", config["input_size"][-2:]))
+    _take_size(model, size, in_chans, name)
     mean, std = data.get("mean", config["mean"]), data.get("std", config["std"])
-    return Classifier(model, (size, size) if isinstance(size, int) else tuple(size), tuple(mean), tuple(std))
+    return Classifier(model, size, tuple(mean), tuple(std))
+
+
+def _take_size(model: Any, size: tuple[int, int], in_chans: int, name: str) -> None:
+    """Fit what depends on the size of images, where a model has it, and try one image."""
+    try:
+        if hasattr(model, "set_input_size"):
+            model.set_input_size(img_size=size)
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, in_chans, *size))
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(
+            f"teacher.img_size={list(size)}: {name} takes no images of this size "
+            f"({' '.join(str(error).split())[:200]}); leave it out for the size it was trained at"
+        ) from None
 
 
 def _timm_names(state: dict[str, Tensor], classifier: str | tuple[str, ...], weights: str) -> dict[str, Tensor]:

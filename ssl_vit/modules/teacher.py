@@ -19,7 +19,7 @@ class TeacherSection(Section):
     Args:
         weights: local file or folder: a run of train_supervised.py, a timm folder with a classifier, a state dict
         name: timm architecture; default: what the run or folder of weights says
-        img_size: the student's images are resized to it; default: the size the teacher was trained at
+        img_size: images, and positions of the teacher, are resized to it; default: the size it was trained at
         mean: per channel, of pixels in [0, 1]; default: as the teacher was trained
         std: per channel; default: as the teacher was trained
     """
@@ -41,7 +41,7 @@ class Teacher(nn.Module):
         std: likewise.
 
     Raises:
-        ValueError: no weights are given, they do not fit, or the channels differ.
+        ValueError: no weights are given, they do not fit, the channels differ, or it takes no images of this size.
     """
 
     def __init__(
@@ -53,16 +53,14 @@ class Teacher(nn.Module):
                 "teacher.weights=None: allowed: a run of pipelines/train_supervised.py, or a file of weights of the "
                 "timm model teacher.name, with its classifier"
             )
-        chosen = load_classifier(section.weights, section.name, num_classes, in_chans=len(mean))
+        chosen = load_classifier(section.weights, section.name, num_classes, len(mean), section.img_size)
         own_mean, own_std = section.mean or chosen.mean, section.std or chosen.std
         if not len(own_mean) == len(own_std) == len(mean):
             raise ValueError(
                 f"teacher.mean={list(own_mean)}, teacher.std={list(own_std)}: allowed: one number for each of the "
                 f"{len(mean)} channels"
             )
-        self.model = chosen.model
-        size: Any = section.img_size or chosen.img_size
-        self.img_size = (size, size) if isinstance(size, int) else tuple(size)
+        self.model, self.img_size = chosen.model, chosen.img_size
         # (x * std + mean - own_mean) / own_std; plain numbers, which no cast of the module rounds
         self.scale = [s / own for s, own in zip(std, own_std, strict=True)]
         self.shift = [(m - own) / s for m, own, s in zip(mean, own_mean, own_std, strict=True)]
