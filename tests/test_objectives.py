@@ -49,18 +49,25 @@ COLOURS: dict[str, dict[str, Any]] = {
 """What turns off augmentations that only colour pictures have."""
 
 
+def made(arguments: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """Arguments with what functions of a folder make in their place."""
+    return {key: value(tmp_path.parent / "parts") if callable(value) else value for key, value in arguments.items()}
+
+
 def recipe_of(name: str, images: Path, tmp_path: Path) -> dict[str, Any]:
-    arguments = {
-        key: made(tmp_path.parent / "parts") if callable(made) else made for key, made in TINY.get(name, {}).items()
-    }
-    values = tiny_recipe(images, tmp_path, objective={"name": name, **arguments})
+    values = tiny_recipe(images, tmp_path, objective={"name": name, **made(TINY.get(name, {}), tmp_path)})
     values["encoder"]["name"] = ENCODERS.get(name, values["encoder"]["name"])
     return values
 
 
 def build(name: str, images: Path, tmp_path: Path) -> tuple[Objective, dict[str, torch.Tensor]]:
     """A tiny objective and a real batch from its own views."""
-    recipe = check_recipe(check(Recipe, recipe_of(name, images, tmp_path)))
+    return build_from(recipe_of(name, images, tmp_path))
+
+
+def build_from(values: dict[str, Any]) -> tuple[Objective, dict[str, torch.Tensor]]:
+    """The objective of a recipe and a real batch from its own views."""
+    recipe = check_recipe(check(Recipe, values))
     objective = build_objective(recipe)
     sets = open_sets(recipe.data)
     pixels = Pixels((0.5,) * 3, (0.5,) * 3)
@@ -80,7 +87,11 @@ def test_views_are_picklable(name: str, images: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_loss_reaches_every_trainable_parameter(name: str, images: Path, tmp_path: Path) -> None:
-    objective, batch = build(name, images, tmp_path)
+    check_gradients(*build(name, images, tmp_path))
+
+
+def check_gradients(objective: Objective, batch: dict[str, torch.Tensor]) -> None:
+    """A finite loss and detached numbers; gradients in all that trains and in nothing else."""
     objective.train()
     objective.before_step(Progress(0, 10, 0.0, 1.0, 0.0))
     loss, metrics = objective(batch)
