@@ -103,21 +103,21 @@ def test_names_and_heads() -> None:
 
 
 def test_published_hybrids() -> None:
-    """Parameters without a classifier, in millions."""
+    """Parameters without a classifier, in millions, and the pixels of a patch."""
     expected = {
-        "vit_tiny_r_s16_p8": 6.1,
-        "vit_small_r26_s32": 36.0,
-        "vit_base_r50_s16": 97.9,
-        "vit_large_r50_s32": 328.0,
+        "vit_tiny_r_s16_p8": (6.1, 32),
+        "vit_small_r26_s32": (36.0, 32),
+        "vit_base_r50_s16": (97.9, 16),
+        "vit_large_r50_s32": (328.0, 32),
     }
-    for name, millions in expected.items():
+    for name, (millions, patch) in expected.items():
         with torch.device("meta"):
             encoder = create_encoder(name=name)
             whole = timm.create_model(f"{name}_224", num_classes=0)
         count = sum(p.numel() for p in encoder.parameters())
         assert count == sum(p.numel() for p in whole.parameters())
         assert count / 1e6 == pytest.approx(millions, rel=0.02), name
-        assert encoder.patch_size == 16 if "s16_224" in name else 32
+        assert encoder.patch_size == patch, name
     with pytest.raises(ValueError, match=r"img_size=100: its height 100 should be a multiple of 32.*nearest: 96"):
         create_encoder(name="vit_small_r26_s32", img_size=100)
     with pytest.raises(ValueError, match=r"allowed: .*vit_base_r50_s16_224"):
@@ -129,6 +129,31 @@ def test_fixed_table_is_not_trained_and_learned_is() -> None:
     torch.testing.assert_close(encoder.model.pos_embed.data, sincos2d_table((4, 4), 64, 1), rtol=0, atol=0)
     assert not encoder.model.pos_embed.requires_grad
     assert tiny(pos_embed="learned").model.pos_embed.requires_grad
+
+
+def test_learned_rows_and_columns_stay_what_they_are() -> None:
+    """ViT, D.4: half of a patch's position is its column's, half its row's; the table an export holds is the same."""
+    encoder = tiny(pos_embed="learned2d", img_size=(16, 40)).double()
+    table = encoder.model.pos_embed  # (1, 1 + 2 * 5, 64)
+    torch.testing.assert_close(encoder.positions(), table, rtol=1e-12, atol=1e-12)
+    before = table.detach().clone()
+    optimizer = torch.optim.AdamW([p for p in encoder.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        encoder(torch.randn(2, 3, 16, 40, dtype=torch.float64)).patches.square().sum().backward()
+        optimizer.step()
+    assert (table - before).abs().mean() > 0.05
+    torch.testing.assert_close(encoder.positions(), table, rtol=1e-10, atol=1e-10)
+
+    with torch.no_grad():
+        table.normal_()
+    rows = table[0, 1:].unflatten(0, (2, 5))
+    expected = [table[0, 0]]
+    for row in range(2):
+        for column in range(5):
+            x, y = rows[:, column, :32].mean(dim=0), rows[row, :, 32:].mean(dim=0)
+            expected.append(torch.cat([x, y]))
+    torch.testing.assert_close(encoder.positions()[0], torch.stack(expected), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(
