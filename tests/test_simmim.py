@@ -22,34 +22,59 @@ def swin(**changes: Any) -> Any:
     return create_encoder(**{**TINY_SWIN, **changes})
 
 
-def filled(objective: torch.nn.Module) -> Any:
-    """Every parameter different from its initial value, in float64."""
+BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+
+def filled(objective: torch.nn.Module, dtype: torch.dtype = torch.float64) -> Any:
+    """Every parameter different from its initial value."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in objective.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return objective.double().eval()
+    return objective.to(dtype).eval()
 
 
-def check_close(found: Tensor, expected: Tensor) -> None:
-    assert (found - expected).abs().max() <= 1e-10 * expected.abs().max()
+def check_close(found: Tensor, expected: Tensor, name: str = "") -> None:
+    assert (found - expected).abs().max() <= BOUNDS[expected.dtype] * expected.abs().max(), name
 
 
-def test_vit_equals_transformers() -> None:
-    """ViTForMaskedImageModeling with the same weights, images and masks: loss, pixels and gradients, float64."""
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+def test_vit_equals_transformers(dtype: torch.dtype) -> None:
+    """ViTForMaskedImageModeling with the same weights, images and masks: loss, pixels and gradients."""
     from transformers import ViTConfig, ViTForMaskedImageModeling
 
+    torch.manual_seed(0)
     encoder = create_encoder(**TINY_ENCODER, pos_embed="learned", global_pool="avg")
-    ours = filled(SimMIM(encoder, mask_unit=8))
+    ours = filled(SimMIM(encoder, mask_unit=8), dtype)
     config = ViTConfig(
         hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=192, image_size=32, patch_size=8,
         encoder_stride=8, layer_norm_eps=1e-6, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
-    theirs = ViTForMaskedImageModeling(config).double().eval()
-    state = theirs.state_dict()
-    own = ours.state_dict()
+    theirs = ViTForMaskedImageModeling(config).to(dtype).eval()
+    names = list(theirs.state_dict())
+    theirs.load_state_dict(_of_transformers(names, ours.state_dict()))
+    image = torch.randn(3, 3, 32, 32, dtype=dtype)
+    mask = torch.stack([unit_mask((32, 32), 8, 8, 0.6) for _ in range(3)])
+    expected = theirs(pixel_values=image, bool_masked_pos=mask.long())
+    loss, _ = ours({"image": image, "mask": mask})
+    check_close(ours.predict({"image": image, "mask": mask}), expected.reconstruction)
+    count = mask.sum() * 64  # the published 1e-5 beside it only guards an empty mask
+    whole = expected.loss * (count + 1e-5) / count
+    check_close(loss, whole)
+    loss.backward(), whole.backward()
+    gradients = _of_transformers(names, {name: p.grad for name, p in ours.named_parameters() if p.grad is not None})
+    found = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    assert found.keys() == dict(theirs.named_parameters()).keys()
+    for name, gradient in found.items():
+        # 0 for the keys' bias, which changes no attention: as exact as the other biases
+        scale = found[name.replace("k_proj.bias", "q_proj.bias")].abs().max()
+        assert (gradients[name] - gradient).abs().max() <= BOUNDS[dtype] * scale, name
+
+
+def _of_transformers(names: list[str], own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our tensors under transformers' names."""
     prefix = "encoder.model."
-    mapped: dict[str, Tensor] = {
+    mapped = {
         "vit.embeddings.cls_token": own[prefix + "cls_token"],
         "vit.embeddings.mask_token": own["mask_token"],
         "vit.embeddings.position_embeddings": own[prefix + "pos_embed"],
@@ -60,17 +85,7 @@ def test_vit_equals_transformers() -> None:
         "decoder.0.weight": own["head.weight"][:, :, None, None],
         "decoder.0.bias": own["head.bias"],
     }
-    for name in state:
-        if name not in mapped:
-            mapped[name] = _block_tensor(name, own, prefix)
-    theirs.load_state_dict(mapped)
-    image = torch.randn(3, 3, 32, 32, dtype=torch.float64)
-    mask = torch.stack([unit_mask((32, 32), 8, 8, 0.6) for _ in range(3)])
-    expected = theirs(pixel_values=image, bool_masked_pos=mask.long())
-    loss, _ = ours({"image": image, "mask": mask})
-    check_close(ours.predict({"image": image, "mask": mask}), expected.reconstruction)
-    count = mask.sum() * 64  # the published 1e-5 beside it only guards an empty mask
-    check_close(loss, expected.loss * (count + 1e-5) / count)
+    return mapped | {name: _block_tensor(name, own, prefix) for name in names if name not in mapped}
 
 
 def _block_tensor(name: str, own: dict[str, Tensor], prefix: str) -> Tensor:
@@ -112,20 +127,26 @@ def test_swin_equals_timm(changes: dict[str, Any]) -> None:
     assert again.config() == encoder.config()
 
 
-def test_swin_with_masks_follows_the_formula() -> None:
-    """x * (1 - w) + token * w on the first patches (section 3.3), then timm's own stages."""
-    objective = filled(SimMIM(swin(), mask_unit=8))
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+def test_swin_with_masks_follows_the_formula(dtype: torch.dtype) -> None:
+    """x * (1 - w) + token * w on the first patches (section 3.3), then timm's own stages; loss and gradients."""
+    objective = filled(SimMIM(swin(), mask_unit=8), dtype)
     model = objective.encoder.model
-    image = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    image = torch.randn(2, 3, 32, 32, dtype=dtype)
     mask = torch.stack([unit_mask((32, 32), 8, 2, 0.6) for _ in range(2)])
     embedded = model.patch_embed(image)
-    w = mask.view(2, 16, 16, 1).double()
+    w = mask.view(2, 16, 16, 1).to(dtype)
     tokens = model.norm(model.layers(embedded * (1 - w) + objective.mask_token.view(1, 1, 1, -1) * w))
     pixels = torch.nn.functional.pixel_shuffle(objective.head(tokens).permute(0, 3, 1, 2), 4)
-    weight = mask.view(2, 1, 16, 16).repeat_interleave(2, 2).repeat_interleave(2, 3).double()
+    weight = mask.view(2, 1, 16, 16).repeat_interleave(2, 2).repeat_interleave(2, 3).to(dtype)
     expected = ((image - pixels).abs() * weight).sum() / weight.sum() / 3
-    check_close(objective({"image": image, "mask": mask})[0], expected)
+    loss, _ = objective({"image": image, "mask": mask})
+    check_close(loss, expected)
     check_close(objective.predict({"image": image, "mask": mask}), pixels)
+    names, parameters = zip(*objective.named_parameters(), strict=True)
+    gradients = (torch.autograd.grad(value, parameters) for value in (loss, expected))
+    for name, ours, theirs in zip(names, *gradients, strict=True):
+        check_close(ours, theirs, name)
 
 
 def test_masks_are_units_of_the_published_count() -> None:
