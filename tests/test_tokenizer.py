@@ -383,9 +383,15 @@ def test_our_export_is_a_teacher_with_its_own_normalisation() -> None:
     assert teacher.dim == 36
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18", "vit_base_patch16_clip_224"])
-def test_any_timm_model_is_a_teacher(name: str, tmp_path: Path) -> None:
-    """Pictures become as large as gives a ViT one patch a code; maps of convolutions are resized; CLIP projects."""
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [("vit_tiny_patch16_224", 14), ("vit_tiny_patch16_224", 4), ("resnet18", 4), ("vit_base_patch16_clip_224", 14)],
+)
+def test_any_timm_model_is_a_teacher(name: str, side: int, tmp_path: Path) -> None:
+    """Pictures, and positions, become as large as gives a ViT one patch a code; maps of convolutions are resized; CLIP
+    projects."""
+    from timm.models.vision_transformer import checkpoint_filter_fn
+
     torch.manual_seed(0)
     project = "clip" in name
     model = timm.create_model(name, num_classes=24)
@@ -394,8 +400,11 @@ def test_any_timm_model_is_a_teacher(name: str, tmp_path: Path) -> None:
         weights=str(tmp_path / "weights.safetensors"), name=name, project=project,
         img_size=None if "vit" in name else 64,
     )  # fmt: skip
-    teacher = FeatureTeacher(section, (14, 14) if "vit" in name else (4, 4), 3).eval()
-    assert teacher.img_size == ((224, 224) if "vit" in name else (64, 64))
+    teacher = FeatureTeacher(section, (side, side), 3).eval()
+    assert teacher.img_size == (16 * side, 16 * side)
+    if "vit" in name:
+        weights, model = model.state_dict(), timm.create_model(name, num_classes=24, img_size=16 * side)
+        model.load_state_dict(checkpoint_filter_fn(weights, model))
     pixels = torch.rand(1, 3, *teacher.img_size)
     config = model.pretrained_cfg
     mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ("mean", "std"))

@@ -69,22 +69,27 @@ def load_classifier(
     _fill(model, state, f"teacher.weights={weights}", name)
     data = stated.get("data", {})
     size = height_width(img_size or stated.get("img_size", config["input_size"][-2:]))
-    _take_size(model, size, in_chans, name)
+    take_size(model, size, in_chans)
     mean, std = data.get("mean", config["mean"]), data.get("std", config["std"])
     return Classifier(model, size, tuple(mean), tuple(std))
 
 
-def _take_size(model: Any, size: tuple[int, int], in_chans: int, name: str) -> None:
-    """Fit what depends on the size of images, where a model has it, and try one image."""
+def take_size(model: Any, size: tuple[int, int], in_chans: int) -> None:
+    """Fit positions and windows of a timm model to images of another size, where it can, and try one.
+
+    Raises:
+        ValueError: it takes no images (1, in_chans, *size).
+    """
     try:
         if hasattr(model, "set_input_size"):
             model.set_input_size(img_size=size)
         with torch.no_grad():
             model.eval()(torch.zeros(1, in_chans, *size))
     except (AssertionError, RuntimeError) as error:
+        config = model.pretrained_cfg
         raise ValueError(
-            f"teacher.img_size={list(size)}: {name} takes no images of this size "
-            f"({' '.join(str(error).split())[:200]}); leave it out for the size it was trained at"
+            f"teacher.img_size={list(size)}: {config['architecture']} takes no images of this size "
+            f"({' '.join(str(error).split())[:200]}); it was made for {list(config['input_size'][-2:])}"
         ) from None
 
 

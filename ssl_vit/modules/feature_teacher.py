@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssl_vit.config import InputError, Section, nearest
+from ssl_vit.encoders.architectures import height_width
 from ssl_vit.encoders.base import Encoder, create_encoder
+from ssl_vit.encoders.classifiers import take_size
 from ssl_vit.encoders.weights import encoder_config, fill_encoder, load_state
 from ssl_vit.modules.pixels import normalised
 
@@ -101,7 +103,6 @@ class FeatureTeacher(nn.Module):
         size = section.img_size or config["input_size"][-2:]
         if embed is not None and hasattr(embed, "patch_size"):
             size = section.img_size or tuple(s * p for s, p in zip(self.grid_size, embed.patch_size, strict=True))
-            arguments["img_size"] = size
         state = load_state(str(section.weights))
         head = config["classifier"] if section.project else None
         arguments["num_classes"] = state[f"{head}.weight"].shape[0] if f"{head}.weight" in state else 0
@@ -114,9 +115,9 @@ class FeatureTeacher(nn.Module):
             model.load_state_dict(state)
         except RuntimeError as error:
             raise ValueError(
-                f"teacher.weights={section.weights}: does not fit {section.name} at img_size={size}: "
-                f"{' '.join(str(error).split())[:400]}"
+                f"teacher.weights={section.weights}: does not fit {section.name}: {' '.join(str(error).split())[:400]}"
             ) from None
+        take_size(model, height_width(size), in_chans)
         return model, {"mean": config["mean"], "std": config["std"], "img_size": size}
 
     @torch.no_grad()
