@@ -11,7 +11,8 @@ import pytest
 import timm
 import torch
 from conftest import TINY_BEIT_ENCODER, TINY_ENCODER, TINY_HYBRID, TINY_SWIN, in_process, tiny_recipe
-from test_families import TINY_RESNET
+from test_families import DEIT, TINY_DISTILLED, TINY_RESNET
+from test_objectives import made
 from test_trainer import losses, train
 
 from ssl_vit.encoders.base import create_encoder
@@ -21,6 +22,7 @@ from ssl_vit.training.optim import OptimSection, build_optimizer, layer_of, para
 
 FAMILIES = {
     "vit": TINY_ENCODER, "hybrid": TINY_HYBRID, "swin": TINY_SWIN, "beit": TINY_BEIT_ENCODER, "resnet": TINY_RESNET,
+    "deit": TINY_DISTILLED,
 }  # fmt: skip
 
 
@@ -33,7 +35,7 @@ def published_layer(name: str, depths: list[int]) -> int:
     """Layer numbers in the words of the released fine-tuning code of MAE and BEiT (a list of one) and of SimMIM."""
     name = name.removeprefix("encoder.model.")
     last = sum(depths) + 1
-    if name in ("cls_token", "pos_embed", "mask_token") or name.startswith("patch_embed"):
+    if name in ("cls_token", "dist_token", "pos_embed", "mask_token") or name.startswith("patch_embed"):
         return 0
     if name.startswith("blocks"):
         return int(name.split(".")[1]) + 1
@@ -44,7 +46,7 @@ def published_layer(name: str, depths: list[int]) -> int:
     return last
 
 
-@pytest.mark.parametrize("family", ["vit", "beit", "swin", "hybrid"])
+@pytest.mark.parametrize("family", ["vit", "deit", "beit", "swin", "hybrid"])
 def test_layers_are_numbered_as_published(family: str) -> None:
     encoder = FAMILIES[family]
     objective = classifier(encoder)
@@ -149,6 +151,27 @@ def test_a_run_is_fine_tuned_at_another_size_and_resumes(images: Path, tmp_path:
     assert losses(again) == losses(folder)[12:]
     scratch = train(finetune(images, tmp_path / "scratch", **TINY_ENCODER))
     assert losses(scratch)[0] != losses(folder)[0]
+
+
+def test_a_distilled_encoder_is_fine_tuned(images: Path, tmp_path: Path) -> None:
+    """From a DeiT run with both of its tokens, whose mean is the feature; it starts where the other ended."""
+    values = tiny_recipe(images, tmp_path / "deit", objective=made(DEIT, tmp_path / "deit"), evals={"rank": {}})
+    values["encoder"] = dict(TINY_DISTILLED)
+    deit = train(values)
+    values = finetune(images, tmp_path / "tuned", init=str(deit))
+    values["evals"]["rank"] = {}
+    tuned = train(values)
+    before, after = (json.loads((folder / "result.json").read_text())["evaluations"] for folder in (deit, tuned))
+    assert after["initial"]["rank/effective_rank"] == pytest.approx(before["final"]["rank/effective_rank"], rel=1e-6)
+    assert before["final"]["rank/effective_rank"] != before["initial"]["rank/effective_rank"]
+    assert after["final"]["accuracy/top1"] > 0.9
+    exported = timm.create_model(f"local-dir:{tuned / 'encoder'}", pretrained=True)
+    assert exported.num_prefix_tokens == 2
+    fresh = create_encoder(**TINY_DISTILLED).eval()
+    report = fill_encoder(fresh, tuned)
+    assert report.loaded == report.total
+    image = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(exported.eval()(image), fresh(image).prefix.mean(dim=1), rtol=1e-5, atol=1e-5)
 
 
 def test_the_door(images: Path, tmp_path: Path) -> None:
