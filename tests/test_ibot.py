@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_ENCODER, run_python, tiny_recipe
+from conftest import ROOT, TINY_ENCODER, TINY_SWIN, run_python, tiny_recipe
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -519,6 +519,7 @@ def test_learned_positions_are_resized_as_published() -> None:
     ("encoder", "changes", "message"),
     [
         ({"class_token": False, "global_pool": "avg"}, {}, "needs a class token"),
+        ({"name": "beit_base_patch16_224"}, {}, r"beit_base_patch16_224'.* images of one size only; allowed: a vit_\*"),
         ({"in_chans": 4}, {}, "in_chans=4"),
         ({}, {"local_size": 20}, "local_size=20: should be a multiple of patch_size=8; nearest: 16"),
         ({}, {"local_crops": -1}, "local_crops=-1"),
@@ -536,6 +537,12 @@ def test_learned_positions_are_resized_as_published() -> None:
 def test_impossible_settings_are_refused(encoder: dict[str, Any], changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny_ibot(encoder, **changes)
+
+
+@pytest.mark.parametrize("encoder", [TINY_SWIN, {"name": "resnet18", "img_size": 32}], ids=["swin", "resnet"])
+def test_networks_without_a_class_token_are_refused(encoder: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"iBOT needs a class token; allowed: vit_\* with one"):
+        IBOT(create_encoder(**encoder), **TINY)
 
 
 @pytest.mark.parametrize(

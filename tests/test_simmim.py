@@ -209,6 +209,11 @@ def test_impossible_values_are_refused(changes: dict[str, Any], message: str) ->
         SimMIM(create_encoder(**TINY_ENCODER), **changes)
 
 
+def test_a_network_without_a_place_for_the_token_is_refused() -> None:
+    with pytest.raises(ValueError, match="name='resnet18': has no place for a mask token; allowed: vit"):
+        SimMIM(create_encoder(name="resnet18", img_size=32), mask_unit=8)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
