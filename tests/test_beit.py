@@ -26,7 +26,7 @@ from conftest import (
 from PIL import Image
 from torch import Tensor, nn
 
-from ssl_vit.config import InputError, check, to_yaml
+from ssl_vit.config import InputError, check
 from ssl_vit.data.cropping import resize
 from ssl_vit.data.masking import block_mask
 from ssl_vit.data.views import BlockMaskedPair, seed_generators
@@ -609,21 +609,6 @@ def test_a_resumed_run_is_bit_for_bit_the_same(trained: Path, images: Path, tmp_
         for f in (tmp_path / "again", trained)
     )
     assert again == straight[8:]
-
-
-@pytest.mark.processes
-def test_two_processes_train_like_one(trained: Path, images: Path, tmp_path: Path) -> None:
-    values = recipe_of(images, tmp_path / "two")
-    values["run"] |= {"micro_batch_size": 4}
-    (tmp_path / "two.yaml").write_text(to_yaml(values))
-    words = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "pipelines/pretrain_beit.py"]
-    done = run_python(*words, "--config", str(tmp_path / "two.yaml"), env={"ACCELERATE_USE_CPU": "true"})
-    assert done.returncode == 0, done.stderr
-    one, two = (
-        [line["loss"] for line in read_metrics(f / "metrics.jsonl") if "loss" in line]
-        for f in (trained, tmp_path / "two")
-    )
-    assert two == pytest.approx(one, rel=1e-5)
 
 
 def test_without_a_tokenizer_the_message_says_what_to_put_where(images: Path, tmp_path: Path) -> None:

@@ -57,12 +57,12 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "beit-supervised": (TINY_BEIT_ENCODER, SUPERVISED),
     "resnet-supervised": (TINY_RESNET, SUPERVISED),
 }
-WITH_DEIT = {**PAIRS, "deit": (TINY_DISTILLED, DEIT)}
-"""DeiT's own whole runs are in test_deit.py."""
+OTHERS = {"beit": (TINY_BEIT_ENCODER, {**BEIT, "early_layer": 1}), "deit": (TINY_DISTILLED, DEIT)}
+"""Whose whole runs are in tests of their own."""
 
 
 def recipe_of(pair: str, images: Path, folder: Path, **changes: Any) -> dict[str, Any]:
-    encoder, objective = WITH_DEIT[pair]
+    encoder, objective = (PAIRS | OTHERS)[pair]
     return tiny_recipe(images, folder, objective=made(objective, folder), encoder=dict(encoder), **changes)
 
 
@@ -102,7 +102,7 @@ def test_two_processes_train_like_one(images: Path, tmp_path: Path) -> None:
     Not the one with batch norm, where the images of a micro-batch influence each other.
     """
     expected, jobs = {}, []
-    for pair in (name for name in WITH_DEIT if name != "resnet-supervised"):
+    for pair in (name for name in PAIRS | OTHERS if name != "resnet-supervised"):
         values = recipe_of(pair, images, tmp_path / pair / "one", optim__epochs="5 steps")
         if "dvae" in pair:  # so warm that no noise decides which code is drawn; codes are learnt by their divergence
             values["objective"] |= {"temperature": [1e8, 1e8], "kl_weight": 1.0, "anneal": 0.0}
