@@ -46,6 +46,8 @@ PROTOCOLS = [
         "5 labels a class": "few_shot/top1_shots5",
         "10 labels a class": "few_shot/top1_shots10",
         "effective rank of 192": "rank/effective_rank",
+        "alpha-ReQ": "rank/alpha",
+        "standard deviation of a feature": "rank/feature_std",
     }),
     Protocol("sweep", "linear_probe", "linear_probe/sweep", {"grid of linear classifiers": "sweep/top1"}),
     Protocol("probe", "linear_probe", "linear_probe/mae_cifar10", {"MAE's linear probe": "heads/top1"}),
@@ -124,7 +126,7 @@ def text(found: dict[str, Any] | None) -> str:
     if found is None:
         return ""
     if found["error"] is None:
-        return f"{found['value']:.1f}"
+        return f"{found['value']:.3g}"
     return f"{found['value']:.3f} ({found['error']:.3f})"
 
 
