@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from ssl_vit.config import InputError, check, load, plain
-from ssl_vit.data.loader import IMAGENET_MEAN, IMAGENET_STD, Pixels
+from ssl_vit.data.loader import Pixels
 from ssl_vit.data.order import Stream, derive_seed
 from ssl_vit.data.reading_plan import cores_of_a_process
 from ssl_vit.encoders.base import Encoder, create_encoder
+from ssl_vit.encoders.timm_models import usual_pixels
 from ssl_vit.encoders.weights import encoder_config, fill_encoder, fill_objective
 from ssl_vit.evaluation.base import Evaluation, Subset
 from ssl_vit.modules.target_cache import TargetCache
@@ -125,25 +126,30 @@ def stated_pixels(init: str | None) -> dict[str, Any]:
     return {}
 
 
-def resolve_pixels(data: DataSection, encoder: dict[str, Any]) -> Pixels:
-    """Fill what the recipe leaves open: from the initial encoder's file, else the usual constants."""
-    stated = stated_pixels(encoder.get("init"))
-    chans = encoder.get("in_chans", 3)
-    usual = {
-        "mean": IMAGENET_MEAN if chans == 3 else (0.5,) * chans,
-        "std": IMAGENET_STD if chans == 3 else (0.5,) * chans,
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-    }
+def resolve_pixels(data: DataSection, encoder: dict[str, Any], init: str | None = None) -> Pixels:
+    """Fill what the recipe leaves open: from the file of the initial weights, else the usual constants.
+
+    Args:
+        data: is filled.
+        encoder: its ``init`` counts unless there is another.
+        init: file of the whole objective (``objective.init``).
+    """
+    init, chans = init or encoder.get("init"), encoder.get("in_chans", 3)
+    stated = stated_pixels(init)
     chosen: dict[str, Any] = {}
-    for key, default in usual.items():
+    assumed: list[str] = []
+    for key, default in usual_pixels(encoder["name"] if init else None, chans).items():
         given = getattr(data, key)
         if given is not None and key in stated and plain(given) != plain(stated[key]):
             logger.warning(
                 "data.%s=%s overrides %s, with which the initial encoder was trained", key, given, stated[key]
             )
+        if init and given is None and key not in stated:
+            assumed.append(f"data.{key}={plain(default)}")
         chosen[key] = given if given is not None else stated.get(key, default)
         setattr(data, key, plain(chosen[key]))
+    if assumed:
+        logger.info("%s does not say how its images were prepared; assumed: %s", init, " ".join(assumed))
     chosen["mean"], chosen["std"] = tuple(chosen["mean"]), tuple(chosen["std"])
     return Pixels(**chosen, in_chans=chans, max_pixels=data.max_pixels)
 

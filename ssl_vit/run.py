@@ -44,7 +44,7 @@ def run(recipe: Recipe, resume: str = "auto") -> None:
         # what a user can have got wrong
         launch = Launch.asked_for()
         micro = micro_batch(recipe.optim.batch_size, recipe.run.micro_batch_size, launch.num_ranks)
-        pixels = build.resolve_pixels(recipe.data, recipe.encoder)
+        pixels = build.resolve_pixels(recipe.data, recipe.encoder, recipe.objective.get("init"))
         precision = build.resolve_precision(recipe)
         splits.resolve_classes(recipe, opened := {})
         deepspeed = launch.deepspeed_config(precision, recipe.optim, micro) if launch.kind == "zero" else None

@@ -27,6 +27,7 @@ from transformers import (
 
 from ssl_vit.config import InputError
 from ssl_vit.encoders.base import create_encoder
+from ssl_vit.encoders.transformers_layout import stated_pixels
 from ssl_vit.encoders.weights import encoder_config, fill_encoder, fill_objective
 from ssl_vit.objectives.mae import MAE
 
@@ -113,7 +114,23 @@ def test_preprocessing_is_that_of_the_folder(tmp_path: Path) -> None:
     stated = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "resample": 2, "size": {"height": 32}}
     (tmp_path / "folder" / "preprocessor_config.json").write_text(json.dumps(stated))
     data = encoder_config(tmp_path / "folder")["data"]
-    assert data == {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "interpolation": "bilinear"}
+    assert data == {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "interpolation": "bilinear", "crop_pct": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("stated", "crop_pct"),
+    [
+        ({"size": 256, "crop_size": 224, "do_center_crop": True}, 0.875),
+        ({"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 192}, "do_center_crop": True}, 0.75),
+        ({"size": {"shortest_edge": 37}, "crop_size": 32, "crop_pct": 0.875, "do_center_crop": True}, 0.875),
+        ({"size": {"shortest_edge": 64}, "crop_size": 32, "crop_pct": 0.875, "do_center_crop": True}, 0.5),
+        ({"size": 256, "crop_size": 224, "do_center_crop": False}, 1.0),
+        ({"size": 224}, 1.0),
+    ],
+)
+def test_the_crop_of_an_image_processor(stated: dict[str, Any], crop_pct: float) -> None:
+    """B86. ``crop_pct`` beside sizes is believed as far as it explains them."""
+    assert stated_pixels(stated)["crop_pct"] == crop_pct
 
 
 def test_an_architecture_that_is_not_ours_is_named(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ssl_vit.config import InputError
@@ -131,10 +132,10 @@ def _read(file: Path) -> Mapping[Any, Any]:
 
 
 def encoder_config(path: str | Path) -> dict[str, Any]:
-    """Arguments that build the encoder of a run, a checkpoint inside a run, or a timm folder.
+    """Arguments that build the encoder of a run, a checkpoint inside a run, or an export.
 
     Args:
-        path: the folder, or a file in it.
+        path: the folder, a file in it, or a file that says it itself.
 
     Returns:
         Arguments of :func:`ssl_vit.encoders.base.create_encoder`, and under ``data`` what is stated of ``mean, std,
@@ -148,11 +149,13 @@ def encoder_config(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
+    if path.suffix == ".safetensors" and (stated := _stated_in(path)):
+        return _from_timm_config(path, stated)
     runs = [parent.parent for parent in path.absolute().parents[:2] if parent.name == "checkpoints"]
     for folder in [path if path.is_dir() else path.parent, *runs]:
         for config in (folder / "config.json", folder / "encoder" / "config.json"):
             if config.is_file():
-                return _from_timm_config(config)
+                return _from_timm_config(config, config.read_text(encoding="utf-8", errors="replace"))
         if (folder / "recipe.yaml").is_file():
             recipe = load_yaml([folder / "recipe.yaml"], [])
             encoder, data = recipe.get("encoder") or {}, recipe.get("data") or {}
@@ -161,16 +164,25 @@ def encoder_config(path: str | Path) -> dict[str, Any]:
     raise InputError(f"{path}: does not say which encoder it holds; give it as encoder.name=... (and img_size ...)")
 
 
-def _from_timm_config(file: Path) -> dict[str, Any]:
+def _stated_in(file: Path) -> str | None:
+    """What config.json of a timm folder says, as the metadata of a file hold it."""
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        with safe_open(file, "pt") as content:
+            return (content.metadata() or {}).get("config")
+    except (SafetensorError, OSError):  # who reads its tensors says what is wrong
+        return None
+
+
+def _from_timm_config(file: Path, text: str) -> dict[str, Any]:
+    try:
+        config = json.loads(text)
         if "ssl_vit" in config:
             return {**config["ssl_vit"]["encoder"], "data": config["ssl_vit"]["data"]}
         if "model_type" in config:
             return _from_transformers(file, config)
         name, arguments = config["architecture"], dict(config.get("model_args") or {})
         stated = config.get("pretrained_cfg") or config
-    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise InputError(f"{file}: not the config.json of a timm folder ({type(error).__name__}: {error})") from None
     foreign = sorted(set(arguments) - {*TIMM_ARGUMENTS, *OTHER_TIMM_ARGUMENTS})
     if foreign:

@@ -65,6 +65,27 @@ def published_config(name: str) -> dict[str, Any]:
     return {**facts, "data": {key: stated[key] for key in DATA_KEYS if stated.get(key) is not None}}
 
 
+def usual_pixels(name: str | None, in_chans: int) -> dict[str, Any]:
+    """Preprocessing where nothing states it: mean and standard deviation of ImageNet, or of an architecture's weights.
+
+    timm's figures of plain ViTs are AugReg's; files of that layout come from MAE, DINO and iBOT, which take ImageNet's.
+
+    Args:
+        name: of the architecture whose published weights are meant; None: of no weights.
+        in_chans: channels of the image.
+    """
+    import timm
+    from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+    mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    if in_chans != 3:
+        mean = std = (0.5,) * in_chans
+    elif name and not name.startswith("vit_"):
+        weights: Any = timm.get_pretrained_cfg(name if timm.is_model(name) else f"{name}_224")
+        mean, std = weights.mean, weights.std
+    return {"mean": mean, "std": std, "crop_pct": 0.875, "interpolation": "bicubic"}
+
+
 def timm_facts(name: str, arguments: dict[str, Any], stated: Mapping[str, Any]) -> dict[str, Any]:
     """Our arguments for a timm folder that was not written here; pooling and class token as timm would have them."""
     import timm

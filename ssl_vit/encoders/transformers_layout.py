@@ -94,18 +94,23 @@ def encoder_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
         "in_chans": config["num_channels"], "embed_dim": config["hidden_size"], "depth": config["num_hidden_layers"],
         "num_heads": config["num_attention_heads"], "mlp_ratio": config["intermediate_size"] / config["hidden_size"],
     }  # fmt: skip
+    pool = {"global_pool": config["global_pool"]} if "global_pool" in config else {}  # our exports state it
     if kind != "beit":
-        return arguments | {"pos_embed": "sincos2d" if kind == "vit_mae" else "learned"}
+        return arguments | {"pos_embed": "sincos2d" if kind == "vit_mae" else "learned"} | pool
     shared, own = config["use_shared_relative_position_bias"], config["use_relative_position_bias"]
     masked = any("MaskedImageModeling" in name for name in config.get("architectures") or ())
     mean = bool(config.get("use_mean_pooling")) and not masked
-    return arguments | {
-        "rel_pos": "shared" if shared else "layer" if own else "none",
-        "abs_pos": config["use_absolute_position_embeddings"],
-        "layer_scale": config["layer_scale_init_value"] or 0.0,
-        "fc_norm": mean,
-        "global_pool": "avg" if mean or masked else "token",
-    }
+    return (
+        arguments
+        | {
+            "rel_pos": "shared" if shared else "layer" if own else "none",
+            "abs_pos": config["use_absolute_position_embeddings"],
+            "layer_scale": config["layer_scale_init_value"] or 0.0,
+            "fc_norm": mean,
+            "global_pool": "avg" if mean or masked else "token",
+        }
+        | pool
+    )
 
 
 def stated_pixels(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,6 +119,17 @@ def stated_pixels(config: Mapping[str, Any]) -> dict[str, Any]:
     found = {
         "mean": config.get("image_mean"),
         "std": config.get("image_std"),
+        "crop_pct": _crop_pct(config),
         "interpolation": filters.get(config.get("resample") or 0),
     }
     return {key: value for key, value in found.items() if value is not None}
+
+
+def _crop_pct(config: Mapping[str, Any]) -> float:
+    """Share of the resized shorter side that the centre crop keeps; all of it where there is none."""
+    crop, size = config.get("crop_size"), config.get("size")
+    if not config.get("do_center_crop") or not crop or not size:
+        return 1.0
+    kept, side = (each if isinstance(each, int) else min(each.values()) for each in (crop, size))
+    stated = config.get("crop_pct")
+    return stated if stated and round(kept / stated) == side else min(kept / side, 1.0)
