@@ -14,10 +14,10 @@ from ssl_vit.config import InputError
 from ssl_vit.encoders.base import Encoder
 from ssl_vit.encoders.files import encoder_config, find_weights, load_state
 from ssl_vit.encoders.positions import row_column_table, sincos2d_table
+from ssl_vit.encoders.release_names import OWN_PREFIX, objective_names
 
 __all__ = ["LoadReport", "encoder_config", "fill_encoder", "fill_objective", "find_weights", "load_state"]
 
-OWN_PREFIX = "encoder.model."
 PREFIXES = ("", OWN_PREFIX, "encoder.", "backbone.", "model.")
 NOT_ENCODER = (
     "decoder", "mask_token", "masked_embed", "head", "fc.", "lm_head", "cls_pt_", "pooler.", "classifier.",
@@ -87,7 +87,8 @@ def fill_encoder(encoder: Encoder, path: str | Path) -> LoadReport:
 def fill_objective(objective: nn.Module, path: str | Path) -> LoadReport:
     """Fill a whole objective, decoder and heads included (``objective.init=``).
 
-    Takes MAE's official full layout, our checkpoints and runs.
+    Takes the whole files of MAE and BEiT as released and as transformers has them, our checkpoints and runs. BEiT's
+    tokenizer stays the recipe's where the file has none.
 
     Args:
         objective: the objective to fill.
@@ -100,16 +101,19 @@ def fill_objective(objective: nn.Module, path: str | Path) -> LoadReport:
     encoder = objective.encoder
     assert isinstance(encoder, Encoder)
     state, own = load_state(path, whole=True), objective.state_dict()
+    if any(name.startswith("backbone.") for name in state):
+        raise InputError(f"{where}: a file of DINO or iBOT, whose heads are not read; give it as encoder.init=")
     if encoder.anchor in state:
-        names = encoder.model.state_dict()
-        state = {OWN_PREFIX + name if name in names else name: tensor for name, tensor in state.items()}
-    others = [name for name in own if not name.startswith("encoder.")]
+        state = objective_names(state, own)
+    others = [name for name in own if not name.startswith(("encoder.", "tokenizer."))]
     if others and not any(name in state for name in others):
         kind = "a fine-tuned classifier" if "head.weight" in state else "an encoder only"
         raise InputError(
             f"{where}: holds {kind}, nothing of {', '.join(_groups(others))}; give it as encoder.init=, "
             "or take the full file"
         )
+    if any(name.startswith("teacher.") for name in own) and not any(name.startswith("teacher.") for name in state):
+        raise InputError(f"{where}: holds no teacher, as files of DeiT do not; give it as encoder.init=")
     _compare_names(state, own, where)
     notes = []
     if f"{OWN_PREFIX}pos_embed" in own:
