@@ -43,13 +43,14 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 from PIL import Image
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 
 from ssl_vit.data.decode import BadSample, decode
 from ssl_vit.data.formats import EXTENSIONS, extension_of
 from ssl_vit.data.index import Index
-from ssl_vit.data.loader import IMAGENET_MEAN, IMAGENET_STD, Pixels, TrainBatches, View, iterate
+from ssl_vit.data.loader import Pixels, TrainBatches, View, iterate
 from ssl_vit.data.multicrop import ColourView, MaskRule, MultiCropView
 from ssl_vit.data.order import Order, Stream
 from ssl_vit.data.pack import PackOptions, pack
@@ -80,7 +81,7 @@ Contender = Callable[[Setting], Iterable[int]]
 def batches_of(index: Index, batch: int, view: View = VIEW, num_lanes: int = 64) -> TrainBatches:
     """Our training set."""
     stream = Stream([Order(index.shard_sizes.tolist(), seed=0, num_lanes=num_lanes)], seed=0)
-    return TrainBatches([index], stream, view, Pixels(IMAGENET_MEAN, IMAGENET_STD), 0, batch, batch)
+    return TrainBatches([index], stream, view, Pixels(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD), 0, batch, batch)
 
 
 def ours(shards: Path, view: View = VIEW) -> Contender:
@@ -101,7 +102,7 @@ def float_transform() -> Any:
         transforms.RandomResizedCrop(SIDE, scale=SCALE, interpolation=transforms.InterpolationMode.BICUBIC),
         transforms.RandomHorizontalFlip(),
         transforms.ToTensor(),
-        transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+        transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
     ])  # fmt: skip
 
 

@@ -71,7 +71,7 @@ def finish(
         plan: steps.
         facts: of :func:`measurement`.
     """
-    difference = export_timm(
+    exported = export_timm(
         objective.encoder, folder.path / "encoder", mean=pixels.mean, std=pixels.std, crop_pct=pixels.crop_pct,
         interpolation=pixels.interpolation, metadata={"objective": recipe.objective["name"], "step": plan.total_steps},
     )  # fmt: skip
@@ -81,7 +81,7 @@ def finish(
     final = {k: v for line in lines if line["step"] == plan.total_steps for k, v in line.items()}
     result = {
         "objective": recipe.objective["name"], "steps": plan.total_steps,
-        "evaluations": {"initial": initial, "final": final}, "export_difference": difference,
+        "evaluations": {"initial": initial, "final": final}, "export_difference": exported.difference,
         **handed_over, **facts,
     }  # fmt: skip
     folder.write_json("result.json", result)
@@ -104,7 +104,14 @@ def card_facts(recipe: Recipe, folder: RunFolder, plan: Plan, result: dict[str, 
     return {
         "path": folder.path / "encoder",
         "encoder": encoder,
-        "data": {**data, "mean": pixels.mean, "std": pixels.std, "crop_pct": pixels.crop_pct, "image files": RULES},
+        "data": {
+            **data,
+            "mean": pixels.mean,
+            "std": pixels.std,
+            "crop_pct": pixels.crop_pct,
+            "interpolation": pixels.interpolation,
+            "image files": RULES,
+        },
         "results": {"scored": result["probe"]}
         | {n: f"{initial.get(n, float('nan')):.4f} -> {final[n]:.4f}" for n in shown},
         "recipe": to_yaml(recipe),

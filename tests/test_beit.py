@@ -105,8 +105,8 @@ def test_encoder_is_timms(changes: dict[str, Any], tmp_path: Path) -> None:
     assert again.config() == encoder.config()
     again.load_state_dict(encoder.state_dict())
     facts: dict[str, Any] = {"mean": [0.5] * encoder.in_chans, "std": [0.5] * encoder.in_chans}
-    difference = export_timm(encoder, tmp_path / "encoder", **facts, crop_pct=1.0, interpolation="bicubic", metadata={})
-    assert difference <= 1e-5
+    found = export_timm(encoder, tmp_path / "encoder", **facts, crop_pct=1.0, interpolation="bicubic", metadata={})
+    assert found.difference <= 1e-5
     again = create_encoder(**{**TINY_BEIT_ENCODER, **changes})
     fill_encoder(again, tmp_path / "encoder")
     model = timm.create_model(f"local-dir:{tmp_path / 'encoder'}", pretrained=True).eval()

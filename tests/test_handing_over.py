@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT, in_process, tiny_recipe
 
 from ssl_vit.config import check
+from ssl_vit.export.command import ExportOptions, export
 from ssl_vit.recipe import Recipe, check_recipe
 from ssl_vit.run import run
 
@@ -24,8 +25,7 @@ def place(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("handing_over")
     run(check_recipe(check(Recipe, tiny_recipe(images, folder / "runs" / "mine", evals={}))))
     (folder / "images").symlink_to(images)
-    done = in_process("pipelines/export.py", str(folder / "runs/mine"), str(folder / "exported"), "format=transformers")
-    assert done.returncode == 0, done.stderr
+    export(folder / "runs/mine", folder / "exported", ExportOptions(format="transformers"), fresh=False)
     return folder
 
 
@@ -56,6 +56,6 @@ def test_its_commands_are_real() -> None:
     """The forms of the table are those that export.py knows."""
     help_text = in_process("pipelines/export.py", "--help").stdout
     formats = re.findall(r"format=(\w+)", DOCUMENT)
-    assert len(formats) == 4
+    assert len(formats) == 5
     for name in formats:
         assert f"{name}:" in help_text, name

@@ -30,7 +30,6 @@ from ssl_vit.data.workers import STALL, WatchedBatches
 
 View = Callable[[dict[str, Any]], dict[str, Tensor]]
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NORMALISED = ("image", "global_views", "local_views")
 VIEW_SEED, STEP_SEED = 1, 2
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,14 +13,17 @@ from ssl_vit.config import InputError, Section
 from ssl_vit.data.commands import command
 from ssl_vit.data.decode import RULES
 from ssl_vit.data.formats import say
-from ssl_vit.data.loader import IMAGENET_MEAN, IMAGENET_STD
+from ssl_vit.export.card import card_text, loading_code, sections
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ssl_vit.encoders.base import Encoder
+    from ssl_vit.export.reading import Reading
 
 
+LIBRARIES = {
+    "timm": "timm", "transformers": "transformers", "vit_mae": "transformers", "onnx": "onnx", "state_dict": "timm",
+    "official": "timm",
+}  # fmt: skip
 FOLDERS = ("timm", "transformers", "vit_mae")
 
 
@@ -34,6 +37,9 @@ class ExportOptions(Section):
         "state_dict: safetensors under timm's names; vit_mae: a whole MAE as ViTMAEForPreTraining; official: a whole "
         "MAE or BEiT as safetensors under the names of its release",
     )
+    license: str = Field(
+        "", description="licence of the weights, as the Hugging Face Hub names it, e.g. cc-by-4.0; default: none stated"
+    )
     push: str = Field(
         "",
         description="also upload the folder to this repository of the Hugging Face Hub, OWNER/NAME, made private if "
@@ -41,79 +47,70 @@ class ExportOptions(Section):
     )
 
 
-def export(source: Path, out: Path, options: ExportOptions) -> None:
+def export(source: Path, out: Path, options: ExportOptions, fresh: bool = True) -> None:
     """Write the encoder of a run, a checkpoint of any strategy, or an export; or all that a run trained.
 
     Args:
         source: what ``encoder.init`` takes, with its architecture stated beside the weights.
         out: the folder or file to write; it must not exist.
-        options: the format.
+        options: format, licence, upload.
+        fresh: load it again in a process of its own, in which ssl_vit cannot be imported; else in this one.
 
     Raises:
         InputError: the source cannot be read, its weights are empty or not finite, the format has no place for it, or
             ``out`` is in the way.
     """
     from ssl_vit.encoders.base import create_encoder
-    from ssl_vit.encoders.weights import encoder_config, fill_encoder
+    from ssl_vit.encoders.timm_models import DATA_KEYS, usual_pixels
+    from ssl_vit.encoders.weights import encoder_config
 
-    if options.push:
-        _check_push(options)
-    if out.exists():
-        raise InputError(f"{out}: is there already; give another name, or delete it first")
+    card = out / "README.md" if options.format in FOLDERS else out.with_name(f"{out.name}.md")
+    _check(options, out, card)
     config = encoder_config(source)
-    data = config.pop("data", {})
+    stated = config.pop("data", {})
     encoder = create_encoder(**config).eval()
-    usual = (IMAGENET_MEAN, IMAGENET_STD) if encoder.in_chans == 3 else ((0.5,) * encoder.in_chans,) * 2
-    data = {
-        "mean": data.get("mean") or usual[0],
-        "std": data.get("std") or usual[1],
-        "crop_pct": data.get("crop_pct") or 0.875,
-        "interpolation": data.get("interpolation") or "bicubic",
-    }
+    usual = usual_pixels(encoder.name, encoder.in_chans)
+    data = {key: stated.get(key) or usual[key] for key in DATA_KEYS}
+    facts = {"license": options.license} if options.license else {}
     out.parent.mkdir(parents=True, exist_ok=True)
+    whole = options.format in ("vit_mae", "official")
     try:
-        if options.format in ("vit_mae", "official"):
-            _whole(source, out, options.format, encoder, data)
-        else:
-            say(str(fill_encoder(encoder, source)))
-            _encoder(source, out, options.format, encoder, data)
+        found = (_whole if whole else _encoder)(source, out, options.format, encoder, data, facts, fresh)
     except ValueError as error:
         raise InputError(f"{source}: {error}") from None
-    if options.format in FOLDERS:
-        _card(source, out, options, config, data)
+    say("\n  ".join([f"{out}:", *(f"{key}: {value}" for key, value in found.facts().items())]))
+    path = options.push or str(out.resolve())
+    code = loading_code(options.format, path, bool(options.push), encoder.timm_config())
+    body = _about(source, config, data) + sections({"export": {"format": options.format, **found.facts()}})
+    title = out.resolve().name
+    card.write_text(card_text(title, LIBRARIES[options.format], code, body, options.license), encoding="utf-8")
+    say("\n  ".join(["load it with:", *code]))
     if options.push:
         _push(out, options.push)
 
 
-def _card(source: Path, out: Path, options: ExportOptions, encoder: dict[str, Any], data: dict[str, Any]) -> None:
-    """The model card: that of the run with the lines that load this folder, or what is known without a run."""
-    from ssl_vit.export.card import loading_lines, write_card
-
+def _about(source: Path, encoder: dict[str, Any], data: dict[str, Any]) -> str:
+    """Sections of the model card: those of the run's, or what is known without a run."""
     run = _run_of(source)
-    if run is not None and (run / "README.md").is_file():
-        text = (run / "README.md").read_text(encoding="utf-8")
-    else:
-        text = write_card(out, {"encoder": encoder, "data": {**data, "image files": RULES}}).read_text(encoding="utf-8")
-    kind = options.format
-    library = "timm" if kind == "timm" else "transformers"
+    if run is None or not (run / "README.md").is_file():
+        return sections({"encoder": encoder, "data": {**data, "image files": RULES}})
+    text = (run / "README.md").read_text(encoding="utf-8")
+    text = text[text.index("\n## ") + 1 :]
     if source.name.startswith("step_"):  # the figures are of the run's last step
         text = re.sub(
             r"## Results\n.*?(?=## |\Z)", f"Of {source.name}, before the end of its run.\n\n", text, flags=re.DOTALL
         )
-    text = text.replace("library_name: timm", f"library_name: {library}", 1).replace(
-        "extraction, timm]", f"extraction, {library}]", 1
-    )
-    text = re.sub(
-        r"```python\n.*?```",
-        lambda _: "\n".join(loading_lines(kind, options.push or str(out.resolve()), bool(options.push))),
-        text,
-        count=1,
-        flags=re.DOTALL,
-    )
-    (out / "README.md").write_text(text, encoding="utf-8")
+    return text
 
 
-def _check_push(options: ExportOptions) -> None:
+def _check(options: ExportOptions, out: Path, card: Path) -> None:
+    for path in (out, card):
+        if path.exists():
+            raise InputError(f"{path}: is there already; give another name, or delete it first")
+    if not re.fullmatch(r"[\w.+-]*", options.license):
+        raise InputError(f"license={options.license!r}: should be the Hugging Face Hub's name of one, e.g. cc-by-4.0")
+    if not options.push:
+        return
     if options.format not in FOLDERS:
         raise InputError(f"push={options.push}: uploads folders; allowed with format={', '.join(FOLDERS)}")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", options.push):
@@ -141,32 +138,34 @@ def _push(folder: Path, repository: str) -> None:
     say(f"uploaded: {commit}")
 
 
-def _encoder(source: Path, out: Path, kind: str, encoder: Encoder, data: dict[str, Any]) -> None:
+def _encoder(
+    source: Path, out: Path, kind: str, encoder: Encoder, data: dict[str, Any], facts: dict[str, Any], fresh: bool
+) -> Reading:
+    from ssl_vit.encoders.weights import fill_encoder
+
+    say(str(fill_encoder(encoder, source)))
     if kind == "state_dict":
-        _save(encoder.model.state_dict(), out)
-        say(f"{out}: {sum(t.numel() for t in encoder.model.state_dict().values()):,} numbers under timm's names")
-    elif kind == "onnx":
+        from ssl_vit.export.weights_file import export_file
+
+        return export_file(encoder, out, data, facts, fresh=fresh)
+    if kind == "onnx":
         from ssl_vit.export.onnx_file import export_onnx
 
-        say(f"{out}: run in onnxruntime, features and tokens differ by at most {export_onnx(encoder, out, data):.1e}")
-    elif kind == "transformers":
+        return export_onnx(encoder, out, data, facts, fresh)
+    if kind == "transformers":
         from ssl_vit.export.transformers_folder import export_transformers
 
-        difference = export_transformers(encoder, out, data)
-        say(f"{out}: reloaded in transformers, tokens differ by at most {difference:.1e}")
-        words = f"'{out.resolve()}', add_pooling_layer=False"
-        _how_to_load(f"from transformers import AutoModel\nencoder = AutoModel.from_pretrained({words})")
-    else:
-        from ssl_vit.export.timm_folder import export_timm
+        return export_transformers(encoder, out, data, facts, fresh)
+    from ssl_vit.export.timm_folder import export_timm
 
-        difference = export_timm(encoder, out, **data, metadata={"source": source.name})
-        say(f"{out}: reloaded in timm, features differ by at most {difference:.1e}")
-        _how_to_load(f"import timm\nencoder = timm.create_model('local-dir:{out.resolve()}', pretrained=True)")
+    return export_timm(encoder, out, **data, metadata={"source": source.name, **facts}, fresh=fresh)
 
 
-def _whole(source: Path, out: Path, kind: str, encoder: Encoder, data: dict[str, Any]) -> None:
+def _whole(
+    source: Path, out: Path, kind: str, encoder: Encoder, data: dict[str, Any], facts: dict[str, Any], fresh: bool
+) -> Reading:
     """All that a run trained, its decoder or head included."""
-    from ssl_vit.encoders.files import load_state
+    from ssl_vit.encoders.weights import fill_objective, load_state
 
     section = _objective_section(source)
     name = section.pop("name", None)
@@ -174,26 +173,21 @@ def _whole(source: Path, out: Path, kind: str, encoder: Encoder, data: dict[str,
     if name not in allowed:
         raise InputError(f"{source}: format={kind}: objective.name={name!r}; allowed: runs of {', '.join(allowed)}")
     if kind == "official":
-        state = {n.removeprefix("encoder.model."): tensor for n, tensor in load_state(source, whole=True).items()}
-        state = {n.replace("head.", "lm_head.", 1) if n.startswith("head.") else n: t for n, t in state.items()}
-        state = {n: tensor for n, tensor in state.items() if not n.startswith("tokenizer.")}
-        _save(state, out)
-        say(f"{out}: {sum(t.numel() for t in state.values()):,} numbers under the names of the release of {name}")
-        return
-    from ssl_vit.encoders.weights import fill_objective
+        from ssl_vit.encoders.release_names import OWN_PREFIX, released_names
+        from ssl_vit.export.weights_file import export_file
+
+        state = load_state(source, whole=True)
+        own = {name: tensor for name, tensor in state.items() if name.startswith(OWN_PREFIX)}
+        encoder.model.load_state_dict(released_names(own))
+        beside = released_names({name: tensor for name, tensor in state.items() if name not in own})
+        computed = {n: buffer for n, buffer in encoder.model.named_buffers() if n.endswith("relative_position_index")}
+        return export_file(encoder, out, data, facts, beside | computed, fresh)
     from ssl_vit.export.transformers_folder import export_mae
     from ssl_vit.objectives.mae import MAE
 
     mae = MAE(encoder, **{key: value for key, value in section.items() if key != "init"})
     say(str(fill_objective(mae, source)))
-    difference = export_mae(mae, out, data)
-    say(f"{out}: reloaded in transformers, the loss differs by {difference:.1e}")
-    path = out.resolve()
-    _how_to_load(f"from transformers import ViTMAEForPreTraining\nmae = ViTMAEForPreTraining.from_pretrained('{path}')")
-
-
-def _how_to_load(lines: str) -> None:
-    say("\n  ".join(["load it with:", *lines.splitlines()]))
+    return export_mae(mae, out, data, facts, fresh)
 
 
 def _run_of(source: Path) -> Path | None:
@@ -209,12 +203,6 @@ def _objective_section(source: Path) -> dict[str, Any]:
         recipe: Any = OmegaConf.to_container(OmegaConf.load(run / "recipe.yaml"))
         return dict(recipe.get("objective") or {})
     raise InputError(f"{source}: no recipe.yaml tells what was trained; give a run, or RUN/checkpoints/step_XXXXXXXX")
-
-
-def _save(state: Mapping[str, Tensor], out: Path) -> None:
-    from safetensors.torch import save_file
-
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, out)
 
 
 def export_main(argv: Sequence[str] | None = None) -> None:
