@@ -39,7 +39,8 @@ class Record:
         images: seen in training.
         images_per_second: median over the logged steps.
         minutes: of training steps, evaluations and saves not counted.
-        measured: (images seen, numbers) of each evaluation, in the order of the steps.
+        measured: (images seen, numbers) of each evaluation, in the order of the steps; of those that were made by
+            watching, the numbers are named ``watch/...``.
         losses: (images seen, loss) of each logged step.
     """
 
@@ -74,6 +75,9 @@ def read_run(path: Path) -> Record:
     steps = [line for line in lines if "loss" in line]
     size = steps[-1]["samples_seen"] // steps[-1]["step"] if steps else 0
     measured = [(line["step"] * size, line) for line in lines if "loss" not in line]
+    watched = path / "watch" / "metrics.jsonl"
+    for line in read_metrics(watched) if watched.is_file() else ():
+        measured.append((line["step"] * size, {f"watch/{key}": value for key, value in line.items() if key != "step"}))
     seconds, before = 0.0, 0
     for line in steps:
         seconds += (line["samples_seen"] - before) / line["images_per_second"]
@@ -86,7 +90,7 @@ def read_run(path: Path) -> Record:
         images=before,
         images_per_second=median(line["images_per_second"] for line in steps) if steps else 0.0,
         minutes=seconds / 60,
-        measured=measured,
+        measured=sorted(measured, key=lambda pair: pair[0]),
         losses=[(line["samples_seen"], line["loss"]) for line in steps],
     )
 

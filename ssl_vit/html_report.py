@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -43,7 +44,7 @@ def write_report(folder: Path) -> Path:
         _results(record),
     ]
     measures = [name for name in _names(record) if name.endswith("/top1") or name == "rank/effective_rank"]
-    if record.losses or measures:
+    if len(record.measured) > 1 or record.losses:
         file = io.BytesIO()
         figure([record], measures[:4], file)
         body += ["<h2>Curves</h2>", _image(file.getvalue(), "curves")]
@@ -54,7 +55,7 @@ def write_report(folder: Path) -> Path:
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(record.name)}</title>'
         f"<style>{STYLE}</style></head><body>{''.join(body)}</body></html>\n"
     )
-    temporary = folder / ".report.html"
+    temporary = folder / f".report.{os.getpid()}.html"  # a run and who watches it may both be writing
     temporary.write_text(page, encoding="utf-8")
     return temporary.replace(folder / "report.html")
 
@@ -65,9 +66,9 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _facts(record: Record, result: dict[str, Any]) -> str:
     facts = {
-        "images seen": f"{record.images:,}",
-        "images/s": f"{record.images_per_second:.0f}",
-        "minutes of training": f"{record.minutes:.1f}",
+        "images seen": f"{record.images:,}" if record.images else "",
+        "images/s": f"{record.images_per_second:.0f}" if record.images else "",
+        "minutes of training": f"{record.minutes:.1f}" if record.images else "",
         "probes": result.get("probe", ""),
         "bad samples": result.get("bad_samples", ""),
         "largest feature difference of the export": result.get("export_difference", ""),

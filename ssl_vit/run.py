@@ -19,6 +19,7 @@ from ssl_vit.data.loader import Pixels, TrainBatches
 from ssl_vit.data.reading_plan import ReadingPlan, local_ranks, view_bytes
 from ssl_vit.encoders.base import Encoder
 from ssl_vit.evaluation.base import Evaluation, Subject
+from ssl_vit.html_report import write_report
 from ssl_vit.recipe import EvaluationRecipe, Recipe, completer, micro_batch
 from ssl_vit.report import finish, measurement, report
 from ssl_vit.training.checkpoint import Checkpoints, read_checkpoint
@@ -177,6 +178,7 @@ def evaluate(recipe: EvaluationRecipe, resume: str = "auto") -> None:
             facts = measurement(recipe, sets, encoder, evaluations, bad.count)
             folder.write_json("result.json", {"evaluations": {"final": results}, **facts})
             folder.status("finished", exit_code=0)
+            write_report(folder.path)
             report(folder)
             folder.close_log()
 

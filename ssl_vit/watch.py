@@ -13,6 +13,7 @@ from ssl_vit.config import InputError
 from ssl_vit.data.bad_samples import BadSamples
 from ssl_vit.encoders.base import Encoder
 from ssl_vit.encoders.weights import fill_encoder
+from ssl_vit.html_report import write_report
 from ssl_vit.objectives.base import Objective
 from ssl_vit.recipe import EvaluationRecipe
 from ssl_vit.run import measure, subject_of
@@ -99,12 +100,19 @@ def watch(recipe: EvaluationRecipe, path: Path) -> None:
                 due = {name: e for name, e in evaluations.items() if name not in measured(place).get(step, ())}
                 distributed.barrier()  # nobody may look after the main process has written
                 results = measure(subject.at(step), due)
-                log.evaluation(step, results)
+                note(log, run, step, results)
         except Interrupted:
             raise Preempted(0, None, stop.name(), kept="what was measured") from None
         finally:
             log.close()
         logger.info("%s: the run is %s and every checkpoint that is kept is measured", path, run.read_status()["state"])
+
+
+def note(log: MetricsLog, run: RunFolder, step: int, results: dict[str, float]) -> None:
+    """Write what was measured, and the run's page with it."""
+    log.evaluation(step, results)
+    if distributed.is_main():
+        write_report(run.path)
 
 
 class Gone(Exception):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 import shutil
@@ -11,10 +13,13 @@ from pathlib import Path
 
 import pytest
 from conftest import run_python, tiny_recipe
+from PIL import Image
 from test_trainer import train
 
-from ssl_vit.config import InputError
+from ssl_vit.config import InputError, check
 from ssl_vit.html_report import write_report
+from ssl_vit.recipe import EvaluationRecipe, check_recipe
+from ssl_vit.run import evaluate
 
 
 class Page(HTMLParser):
@@ -46,7 +51,12 @@ def test_a_page_of_a_run(images: Path, tmp_path: Path) -> None:
     page.feed((folder / "report.html").read_text())
     assert not page.open, "every element is closed"
     assert len(page.sources) == 3, "the curves, and the first and last pictures"
-    assert all(source.startswith("data:image/png;base64,") for source in page.sources)
+    for source in page.sources:
+        kind, data = source.split(",")
+        assert kind == "data:image/png;base64"
+        with Image.open(io.BytesIO(base64.b64decode(data, validate=True))) as picture:
+            picture.load()  # every byte of it decodes
+            assert min(picture.size) >= 32
     text = " ".join(page.text)
     assert "a<b>&run" in text
     result = json.loads((folder / "result.json").read_text())["evaluations"]
@@ -62,6 +72,26 @@ def test_a_page_of_a_run(images: Path, tmp_path: Path) -> None:
     assert done.stdout.strip() == str(folder / "report.html"), "also of a run that is not finished"
     with pytest.raises(InputError, match="no run"):
         write_report(images)
+
+
+def test_the_page_of_a_measurement_and_of_what_watching_found(images: Path, tmp_path: Path) -> None:
+    run = train(tiny_recipe(images, tmp_path / "run", optim__epochs="2 steps", optim__warmup_epochs=0))
+    values = {
+        "encoder": {"init": str(run)}, "data": {"val": f"folder:{images}"}, "evals": {"knn": {"k": [5]}},
+        "run": {"dir": str(tmp_path / "judged"), "workers": 0, "tensorboard": False},
+    }  # fmt: skip
+    evaluate(check_recipe(check(EvaluationRecipe, values)))
+    text = (tmp_path / "judged" / "report.html").read_text()
+    result = json.loads((tmp_path / "judged" / "result.json").read_text())["evaluations"]["final"]
+    assert f"{result['knn/top1']:.4f}" in text
+    assert "images seen" not in text, "nothing was trained"
+    (run / "watch").mkdir()
+    lines = [{"step": step, "linear/top1": 0.1234 + step / 10} for step in (0, 2)]
+    (run / "watch" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = write_report(run).read_text()
+    assert "<td>watch/linear/top1</td>" in text
+    assert "0.1234" in text
+    assert "0.3234" in text
 
 
 def test_the_page_in_a_browser_without_a_network(images: Path, tmp_path: Path) -> None:
