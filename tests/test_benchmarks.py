@@ -15,7 +15,7 @@ ENCODER = [f"encoder.{key}={value}" for key, value in TINY_ENCODER.items()]
 WORDS = {
     "bench_end_to_end": ["--config", str(RECIPES / "mae_digits.yaml"), "steps=6", "run.workers=1"],
     "bench_loader": ["--data", "{data}/train", "--rounds=1", "--images=16", "--batch=4", "--out={out}/facts.json"],
-    "bench_probe": [*ENCODER, "data.train=folder:{data}/train", "data.val=folder:{data}/test"],
+    "bench_probe": [*ENCODER, "encoder.depth=4", "data.train=folder:{data}/train", "data.val=folder:{data}/test"],
     "bench_quality": ["{data}", "{out}", "steps=2", "seeds=1"],
     "bench_scale": ["only=one", "steps=4", "json={out}/facts.json"],
     "bench_step": [

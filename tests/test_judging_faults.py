@@ -94,14 +94,14 @@ def test_every_use_of_a_renamed_file_is_as_before_or_refused(
     if prefix == "encoder.":
         for name in ("probe", "classification"):
             assert trained(name, source) == trained(name, mine)
-        export(source, tmp_path / "exported", ExportOptions())
+        export(source, tmp_path / "exported", ExportOptions(), fresh=False)
         exported = load_file(tmp_path / "exported" / "model.safetensors")
         assert exported.keys() == state.keys()
         assert all(torch.equal(exported[name], state[name]) for name in state)
         return
     for use in (
         lambda: trained("probe", source), lambda: trained("classification", source),
-        lambda: export(source, tmp_path / "exported", ExportOptions()),
+        lambda: export(source, tmp_path / "exported", ExportOptions(), fresh=False),
     ):  # fmt: skip
         with pytest.raises(InputError, match="no encoder tensor matches"):
             use()
