@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from ssl_vit.config import InputError, check, load, plain
-from ssl_vit.data.loader import Pixels
+from ssl_vit.data.loader import Pixels, View
 from ssl_vit.data.order import Stream, derive_seed
-from ssl_vit.data.reading_plan import cores_of_a_process
+from ssl_vit.data.reading_plan import ReadingPlan, cores_of_a_process, local_ranks, view_bytes
+from ssl_vit.data.views import CentreView
 from ssl_vit.encoders.base import Encoder, create_encoder
 from ssl_vit.encoders.timm_models import usual_pixels
 from ssl_vit.encoders.weights import encoder_config, fill_encoder, fill_objective
@@ -35,6 +36,7 @@ from ssl_vit.recipe import (
     objective_class,
 )
 from ssl_vit.splits import Sets
+from ssl_vit.training.plan import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -169,6 +171,21 @@ def open_targets(objective: Objective, recipe: Recipe, sets: Sets, stream: Strea
     }
     objective.targets = TargetCache(Path(objective.target_cache), key, stream.period)
     logger.info("targets: %s, of %d views", objective.targets.path, stream.period)
+
+
+def reading_plan(
+    recipe: Recipe, sets: Sets, stream: Stream, view: View, img_size: tuple[int, int], pixels: Pixels, plan: Plan,
+    workers: int,
+) -> ReadingPlan:  # fmt: skip
+    """What reading takes: for training, and for evaluations beside it."""
+    centre = CentreView(img_size, pixels.crop_pct, pixels.interpolation)
+    evaluated = [part for part in (sets.images, sets.probe, sets.val) if part is not None and recipe.evals]
+    return ReadingPlan(
+        sets.train, stream, recipe.optim.batch_size, plan.micro_batch_size, plan.num_ranks, local_ranks(), workers,
+        view_bytes(view, pixels.in_chans), [part.index for part in evaluated],
+        max((len(part.samples) for part in evaluated), default=0), recipe.run.eval_batch_size,
+        view_bytes(centre, pixels.in_chans),
+    )  # fmt: skip
 
 
 def resolve_precision(recipe: AnyRecipe) -> str:

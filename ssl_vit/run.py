@@ -16,7 +16,7 @@ from ssl_vit import build, distributed, splits
 from ssl_vit.config import plain, to_yaml
 from ssl_vit.data.bad_samples import BadSamples
 from ssl_vit.data.loader import Pixels, TrainBatches
-from ssl_vit.data.reading_plan import ReadingPlan, local_ranks, view_bytes
+from ssl_vit.data.reading_plan import ReadingPlan
 from ssl_vit.encoders.base import Encoder
 from ssl_vit.evaluation.base import Evaluation, Subject
 from ssl_vit.html_report import write_report
@@ -63,9 +63,7 @@ def run(recipe: Recipe, resume: str = "auto") -> None:
         plan.check()
         workers = build.loader_workers(recipe.run)
         views = objective.views(objective.encoder.img_size)
-        ranks = launch.num_ranks, local_ranks()
-        size = view_bytes(views, pixels.in_chans)
-        reading = ReadingPlan(sets.train, stream, recipe.optim.batch_size, micro, *ranks, workers, size)
+        reading = build.reading_plan(recipe, sets, stream, views, objective.encoder.img_size, pixels, plan, workers)
         reading.check()
         evaluations = build.build_evaluations(recipe.evals, sets.val is not None, sets.probe, objective)
         folder.lock()

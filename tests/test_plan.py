@@ -136,6 +136,9 @@ def test_the_command(tmp_path: Path, images: Path) -> None:
     assert (found["images"], found["images_from"], found["batch_size"]) == (72, "data.train", 64)
     assert "64 lanes over 2: each process reads its own lanes" in found["shards"]
     assert not (tmp_path / "runs").exists()
+    values = load([ROOT / "configs/pretrain/mae_vit_tiny_cifar10.yaml"], [f"data.train={tmp_path / 'shards'}"])
+    values["data"]["limit"] = 50
+    assert make_plan(check_recipe(check(Recipe, values)), PlanSection(), "limited").images == 50
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Iterable, Sequence
 
+from ssl_vit.config import InputError
 from ssl_vit.data.index import Index
 from ssl_vit.data.order import Stream
 from ssl_vit.data.remote import ReadError
@@ -63,7 +64,7 @@ class Ahead:
             self._moved.clear()
             try:
                 self._fetch(self._position)
-            except ReadError as error:  # who needs the shard says so, if it is still so then
+            except (ReadError, InputError) as error:  # who needs the shard says so, if it is still so then
                 logger.warning("%s", error)
 
     def _fetch(self, position: int) -> None:

@@ -1,11 +1,11 @@
-"""What reading a run's training data takes on a machine: said before the first step, refused if it cannot be had."""
+"""What reading a run's data takes on a machine: said before the first step, refused if it cannot be had."""
 
 from __future__ import annotations
 
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from ssl_vit.data.index import Index
 from ssl_vit.data.order import Stream
 from ssl_vit.data.processes import cores
 from ssl_vit.data.shard_cache import RemoteShard, ShardCache
-from ssl_vit.data.workers import PREFETCH
+from ssl_vit.data.workers import SLOTS
 
 SHARED_MEMORY = Path("/dev/shm")
 KEPT_FREE = 0.1
@@ -39,6 +39,10 @@ class ReadingPlan:
         local_ranks: those on this machine.
         workers: loader processes of each.
         view_bytes: of a sample as the workers hand it over.
+        evaluated: what evaluations read.
+        eval_images: of their largest set.
+        eval_batch_size: of a process and forward pass there.
+        eval_view_bytes: of a sample there.
     """
 
     indexes: list[Index]
@@ -49,26 +53,28 @@ class ReadingPlan:
     local_ranks: int
     workers: int
     view_bytes: int
+    evaluated: Sequence[Index] = ()
+    eval_images: int = 0
+    eval_batch_size: int = 1
+    eval_view_bytes: int = 0
 
     @property
     def batches_ahead(self) -> int:
         """Micro-batches that a process holds at most: those of its workers, and of the steps that may begin."""
         accumulation = self.batch_size // self.num_ranks // self.micro_batch_size
-        return self.workers * PREFETCH + 2 * accumulation
+        return self.workers * SLOTS + 2 * accumulation
 
     @property
     def memory(self) -> int:
         """Bytes of all micro-batches that this machine holds."""
         return self.batches_ahead * self.micro_batch_size * self.view_bytes * self.local_ranks
 
-    def remote_shards(self) -> set[RemoteShard]:
-        """The remote shards that any sample is read from."""
-        return {
-            shard
-            for index in self.indexes
-            for number in range(len(index.shards))
-            if index.shards[number].nsamples and (shard := index.remote(number)) is not None
-        }
+    @property
+    def shared_memory(self) -> int:
+        """Bytes that workers hold at most: those of training keep theirs while others read for an evaluation."""
+        slots = self.workers * SLOTS
+        images = min(slots * self.eval_batch_size, math.ceil(self.eval_images / self.num_ranks))
+        return self.local_ranks * (slots * self.micro_batch_size * self.view_bytes + images * self.eval_view_bytes)
 
     def check(self, position: int = 0) -> None:
         """Refuse what would fail later.
@@ -81,19 +87,21 @@ class ReadingPlan:
         """
         if self.workers and SHARED_MEMORY.is_dir():
             free = shutil.disk_usage(SHARED_MEMORY).free
-            if self.memory > free:
+            if self.shared_memory > free:
                 raise InputError(
-                    f"run.workers={self.workers}: {_gb(self.memory)} of batches made ahead do not fit into "
+                    f"run.workers={self.workers}: {_gb(self.shared_memory)} of batches made ahead do not fit into "
                     f"{SHARED_MEMORY}, where {_gb(free)} are free; enlarge it (docker run --shm-size="
-                    f"{math.ceil(self.memory / 1e9) + 1}g), or lower run.workers or run.micro_batch_size"
+                    f"{math.ceil(self.shared_memory / 1e9) + 1}g), or lower run.workers, run.micro_batch_size or "
+                    "run.eval_batch_size"
                 )
-        shards = self.remote_shards()
-        cache = next((index.cache for index in self.indexes if index.cache), None)
+        shards = remote_shards([*self.indexes, *self.evaluated])
+        cache = next((index.cache for index in [*self.indexes, *self.evaluated] if index.cache), None)
         if shards and cache is not None:
             self._check_cache(cache, shards, position)
 
     def _check_cache(self, cache: ShardCache, shards: set[RemoteShard], position: int) -> None:
         total = sum(shard.filesize for shard in shards)
+        cache.check_room(max(shards, key=lambda shard: shard.filesize))
         lanes = range(max(self.stream.num_lanes * self.local_ranks // self.num_ranks, 1))
         read = {self.indexes[s].remote(n) for s, n in coming(self.indexes, self.stream, position, lanes)}
         at_a_time = sum(shard.filesize for shard in read if shard is not None)
@@ -114,15 +122,16 @@ class ReadingPlan:
     def describe(self) -> list[str]:
         """The lines a person checks."""
         count = sum(len(index) for index in self.indexes)
-        files = sum(shard.filesize for index in self.indexes for shard in index.shards if shard.nsamples)
+        shares = [rows / self.stream.block for rows in self.stream.rows]
+        image = sum(s * index.samples["size"].mean() for s, index in zip(shares, self.indexes, strict=True))
         shards = sum(shard.nsamples > 0 for index in self.indexes for shard in index.shards)
         lines = [
             f"reading: {count} images in {shards} shards, {self.num_ranks} processes x {self.workers} workers x "
-            f"{self.stream.num_lanes} lanes, about {_gb(files * self.batch_size / count)} of files a step",
+            f"{self.stream.num_lanes} lanes, about {_gb(image * self.batch_size)} of images a step",
             f"read ahead: {self.batches_ahead} batches of {_gb(self.micro_batch_size * self.view_bytes)} a process, "
             f"{_gb(self.memory)} on this machine",
         ]
-        remote = self.remote_shards()
+        remote = remote_shards(self.indexes)
         if remote:
             lines.append(f"remote: {self._remote(remote)}")
         return lines
@@ -137,6 +146,16 @@ class ReadingPlan:
         often = "once" if whole else f"each epoch, {_gb(cache.limit or 0)} at a time"
         here = f"{_gb(cache.used(shards))} are there already"
         return f"{len(shards)} shards of {_gb(total)} are read whole into {cache.folder}, {often}; {here}"
+
+
+def remote_shards(indexes: Iterable[Index]) -> set[RemoteShard]:
+    """The remote shards that any sample is read from."""
+    return {
+        shard
+        for index in indexes
+        for number in range(len(index.shards))
+        if index.shards[number].nsamples and (shard := index.remote(number)) is not None
+    }
 
 
 def view_bytes(view: Callable[[dict[str, Any]], dict[str, Tensor]], in_chans: int) -> int:

@@ -55,7 +55,10 @@ class ShardCache:
             ReadError: it cannot be had.
         """
         with self.opened(shard) as file:
-            return os.pread(file.fileno(), size, offset)
+            data = os.pread(file.fileno(), size, offset)
+        if len(data) < size:
+            raise ReadError(f"{shard.url}: {len(data)} of {size} bytes are there at {offset}; index the shard anew")
+        return data
 
     @contextmanager
     def opened(self, shard: RemoteShard) -> Iterator[BinaryIO]:
@@ -69,10 +72,14 @@ class ShardCache:
                 continue
             with file:
                 _lock(file, fcntl.LOCK_SH)
-                if _linked(file, path):
-                    os.utime(file.fileno())  # used now
-                    yield file
-                    return
+                if not _linked(file, path):
+                    continue
+                if os.fstat(file.fileno()).st_size != shard.filesize:
+                    path.unlink(missing_ok=True)  # the disk or machine has failed meanwhile: downloaded again
+                    continue
+                os.utime(file.fileno())  # used now
+                yield file
+                return
 
     def holds(self, shard: RemoteShard) -> bool:
         """Whether a shard is here; if so it counts as used now."""
@@ -89,7 +96,12 @@ class ShardCache:
             shard: which.
             ahead: for later: not if another process is at it, nor if there is no room without what is used.
             keep: names of files that must not go for it.
+
+        Raises:
+            ReadError: it cannot be had.
+            InputError: it is larger than the whole cache.
         """
+        self.check_room(shard)
         path = self.folder / shard.name
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -101,6 +113,7 @@ class ShardCache:
                         return False
                     time.sleep(0.05)  # what fills the cache is being read
                 _download(shard, file)
+                os.fsync(file.fileno())  # before it has its name, whatever happens to the machine
                 os.replace(path.with_suffix(_PART), path)
                 return True
         except ReadError:
@@ -147,6 +160,18 @@ class ShardCache:
             part.truncate(0)
             os.posix_fallocate(part.fileno(), 0, size)
             return True
+
+    def check_room(self, shard: RemoteShard) -> None:
+        """Refuse a shard for which there would never be room.
+
+        Raises:
+            InputError: saying what to set.
+        """
+        if self.limit is not None and self.limit < shard.filesize:
+            raise InputError(
+                f"data.cache_size={self.limit / 1e9:g}: {shard.url} alone has {shard.filesize / 1e9:.3g} GB; give "
+                "more, or 0 for a request for each image"
+            )
 
     def used(self, shards: Set[RemoteShard]) -> int:
         """Bytes of some shards that are here."""

@@ -27,6 +27,8 @@ DUMP = signal.SIGUSR2
 """Makes a worker print its stacks."""
 PREFETCH = 4
 """Batches that a worker makes ahead."""
+SLOTS = PREFETCH + 1
+"""Batches in a worker's shared memory: those made ahead of the one that its loader has copied last."""
 STALL = 1800.0
 """Seconds without a batch after which a loader is given up; longer than any retrying of a request."""
 CHECK = 5.0
@@ -76,8 +78,7 @@ class _Guarded(Dataset):
         worker = get_worker_info()
         if worker is not None and not self.begun:
             self.begun = True
-            # a worker makes PREFETCH batches ahead of the one that this loader has copied last
-            self.batches.stack = SharedSlots(PREFETCH + 1)
+            self.batches.stack = SharedSlots(SLOTS)
             self.batches.reading = memoryview(self.places).cast("B").cast("q")[2 * worker.id : 2 * worker.id + 2]
         try:
             return self.batches[item]

@@ -113,8 +113,7 @@ def _images(recipe: Recipe, machine: PlanSection) -> tuple[int, str, str]:
 
     folders = [Path(spec).expanduser() for spec in splits.train_specs(recipe.data)]
     if folders and all((folder / INDEX).is_file() for folder in folders):
-        indexes = [splits.open_data(recipe.data, str(folder)) for folder in folders]
-        sizes = [int(size) for index in indexes for size in index.shard_sizes]
+        sizes = [int(size) for index in splits.open_train(recipe.data) for size in index.shard_sizes if size]
         lanes = recipe.data.num_lanes
         fits = lanes % machine.gpus == 0 and recipe.optim.batch_size % lanes == 0
         how = "each process reads its own lanes" if fits else "each process takes its slice of every batch"
