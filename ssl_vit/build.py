@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ssl_vit.config import InputError, check, load, plain
+from ssl_vit.data.bad_samples import BadSamples
 from ssl_vit.data.loader import Pixels, View
 from ssl_vit.data.order import Stream, derive_seed
 from ssl_vit.data.reading_plan import ReadingPlan, cores_of_a_process, local_ranks, view_bytes
@@ -36,6 +37,7 @@ from ssl_vit.recipe import (
     objective_class,
 )
 from ssl_vit.splits import Sets
+from ssl_vit.training.metrics import truncate_metrics
 from ssl_vit.training.plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -186,6 +188,14 @@ def reading_plan(
         max((len(part.samples) for part in evaluated), default=0), recipe.run.eval_batch_size,
         view_bytes(centre, pixels.in_chans),
     )  # fmt: skip
+
+
+def bad_record(folder: Path, step: int, main: bool, max_fraction: float = 1.0, before: int = 0) -> BadSamples:
+    """The record of samples that do not decode, without what comes again after a step."""
+    path = folder / "bad_samples.jsonl"
+    if main:
+        truncate_metrics(path, step)
+    return BadSamples(path, max_fraction, before, main)
 
 
 def resolve_precision(recipe: AnyRecipe) -> str:

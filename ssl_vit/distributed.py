@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gc
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Value = TypeVar("Value")
 
 
 def rank() -> int:
@@ -55,12 +58,12 @@ def all_max(value: Tensor) -> Tensor:
     return largest
 
 
-def all_texts(text: str) -> list[str]:
-    """What every process says, in their order."""
-    texts = [text] * world_size()
+def all_objects(value: Value) -> list[Value]:
+    """What every process has, in their order."""
+    values = [value] * world_size()
     if world_size() > 1:
-        dist.all_gather_object(texts, text)
-    return texts
+        dist.all_gather_object(values, value)
+    return values
 
 
 def gather_interleaved(part: Tensor, total: int) -> Tensor:

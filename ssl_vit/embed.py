@@ -188,7 +188,8 @@ def _of_shard(
     batches = EvalBatches(index, samples, view, pixels, recipe.run.eval_batch_size)
     found, bad = [np.zeros((0, features.width), np.float32)], []
     good = np.zeros(len(samples), dtype=bool)
-    for batch, reports in iterate(batches, range(len(batches)), build.loader_workers(recipe.run)):
+    workers, stall_timeout = build.loader_workers(recipe.run), recipe.run.stall_timeout
+    for batch, reports in iterate(batches, range(len(batches)), workers, stall_timeout=stall_timeout):
         if stop.number:
             return None
         bad += reports

@@ -91,7 +91,7 @@ def run(recipe: Recipe, resume: str = "auto") -> None:
         kept = start_step if state.get("evaluated") or start_step else -1
         log = MetricsLog(folder.path, kept, plan.total_steps, recipe.run.tensorboard, main)
         log.config(to_yaml(recipe))
-        bad = BadSamples(folder.path / "bad_samples.jsonl", recipe.data.max_bad_fraction)
+        bad = build.bad_record(folder.path, start_step, main, recipe.data.max_bad_fraction, state.get("bad_samples", 0))
         subject = subject_of(recipe, encoder, strategy.wrapped, pixels, sets, accelerator.device, workers, log, bad)
         subject.pause_point = lambda: stop.check(accelerator.device)
         subject.on_no_data = stop.no_data
@@ -114,7 +114,7 @@ def run(recipe: Recipe, resume: str = "auto") -> None:
                 folder.checkpoints, recipe.run.keep_last, lambda s: always(s) or s == state.get("best", {}).get("step")
             ),
             evaluate=evaluate_when_due(recipe, evaluations, plan, subject, log),
-            on_bad=bad, stop=stop, skips=skips, start_step=start_step, evaluated=state.get("evaluated", False),
+            bad=bad, stop=stop, skips=skips, start_step=start_step, evaluated=state.get("evaluated", False),
             save_due=plan.ends(recipe.run.save_every), keep_best=recipe.run.keep_best, log_every=recipe.run.log_every,
             workers=workers, stall_timeout=recipe.run.stall_timeout, state=state,
             on_samples=sample_log(folder.path / "samples", batches, start_step) if recipe.run.log_samples else None,
@@ -131,7 +131,8 @@ def run(recipe: Recipe, resume: str = "auto") -> None:
                 read_checkpoint(trainer.checkpoints.path(plan.total_steps)).fill(
                     objective, folder.path, sets.fingerprint
                 )
-            facts = measurement(recipe, sets, objective.encoder, evaluations, bad.count)
+            facts = measurement(recipe, sets, objective.encoder, evaluations, state.get("bad_samples", 0))
+            facts["bad_samples_left_out"] = len(bad.evaluated)
             finish(recipe, folder, objective, pixels, plan, facts)
             folder.close_log()
 
@@ -161,7 +162,7 @@ def evaluate(recipe: EvaluationRecipe, resume: str = "auto") -> None:
         encoder = objective.to(accelerator.device).encoder
         forward_in_precision(objective, accelerator)
         log = MetricsLog(folder.path, -1, 0, recipe.run.tensorboard, main)
-        bad = BadSamples(folder.path / "bad_samples.jsonl", 1.0)
+        bad = build.bad_record(folder.path, 0, main)
         subject = subject_of(recipe, encoder, objective, pixels, sets, accelerator.device, workers, log, bad)
         subject.pause_point = lambda: stop.check(accelerator.device)
         subject.on_no_data = stop.no_data
@@ -173,7 +174,7 @@ def evaluate(recipe: EvaluationRecipe, resume: str = "auto") -> None:
         log.evaluation(0, results)
         log.close()
         if main:
-            facts = measurement(recipe, sets, encoder, evaluations, bad.count)
+            facts = measurement(recipe, sets, encoder, evaluations, len(bad.evaluated))
             folder.write_json("result.json", {"evaluations": {"final": results}, **facts})
             folder.status("finished", exit_code=0)
             write_report(folder.path)
@@ -211,10 +212,11 @@ def subject_of(
 ) -> Subject:
     """What evaluations judge, its pictures going to the log and its bad samples to their file."""
     subject = Subject(
-        wrapped, encoder.pool, encoder.img_size, pixels, device, sets.images, sets.probe, sets.val,
-        seed=recipe.seed, batch_size=recipe.run.eval_batch_size, workers=workers, on_bad=bad,
+        wrapped, encoder.pool, encoder.img_size, pixels, device, sets.images, sets.probe, sets.val, seed=recipe.seed,
+        batch_size=recipe.run.eval_batch_size, workers=workers, stall_timeout=recipe.run.stall_timeout,
     )  # fmt: skip
     subject.picture = lambda name, image: log.picture(subject.step, name, image)
+    subject.on_bad = lambda reports: bad.left_out(reports, subject.step)
     return subject
 
 

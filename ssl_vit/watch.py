@@ -10,7 +10,6 @@ import torch
 
 from ssl_vit import build, distributed, splits
 from ssl_vit.config import InputError
-from ssl_vit.data.bad_samples import BadSamples
 from ssl_vit.encoders.base import Encoder
 from ssl_vit.encoders.weights import fill_encoder
 from ssl_vit.html_report import write_report
@@ -74,7 +73,7 @@ def watch(recipe: EvaluationRecipe, path: Path) -> None:
         log = MetricsLog(place.path, MetricsLog.KEEP_ALL, 0, recipe.run.tensorboard, main, events)
         encoder = objective.to(device).encoder
         forward_in_precision(objective, accelerator)
-        bad = BadSamples(place.path / "bad_samples.jsonl", 1.0)
+        bad = build.bad_record(place.path, MetricsLog.KEEP_ALL, main)
         subject = subject_of(recipe, encoder, objective, pixels, sets, device, workers, log, bad)
         subject.pause_point = lambda: stop.check(device)
         stop.waits, lost = True, set[int]()

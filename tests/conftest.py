@@ -11,7 +11,10 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
+import zlib
+from collections.abc import Collection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -132,6 +135,21 @@ def tiny_teacher(folder: Path, num_classes: int = 3, in_chans: int = 3) -> dict[
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A labelled folder of 3 x 24 pictures of 32 x 32 pixels."""
     return write_images(tmp_path_factory.mktemp("images"), classes=3, per_class=24)
+
+
+def write_shard(file: Path, count: int, cut: Collection[int] = ()) -> None:
+    """A shard as others make them: dark and bright JPEGs, every tenth with the other's label; some ``cut`` in half."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(zlib.crc32(file.name.encode()))
+    with tarfile.open(file, "w") as tar:
+        for i in range(count):
+            picture = io.BytesIO()
+            Image.fromarray(generator.integers(0, 128, (32, 32, 3), np.uint8) + 128 * (i % 2)).save(picture, "JPEG")
+            image = picture.getvalue()[: picture.tell() // (2 if i in cut else 1)]
+            for name, data in ((f"{i:03d}.jpg", image), (f"{i:03d}.cls", b"%d" % ((i + (i % 10 == 9)) % 2))):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
 
 
 def tiny_recipe(images: Path, folder: Path, **overrides: Any) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from torchvision.transforms import RandomResizedCrop
 
 from ssl_vit.config import InputError
 from ssl_vit.data import loader
-from ssl_vit.data.bad_samples import BadReport, BadSamples
 from ssl_vit.data.cropping import random_box
 from ssl_vit.data.decode import decode
 from ssl_vit.data.index import Index
@@ -175,12 +174,6 @@ def test_policies_for_bad_samples(shards: Path, tmp_path: Path) -> None:
         batches(index)[0]
     with pytest.raises(InputError, match=r"shard-\d+\.tar: key .*data\.bad_samples=skip"):
         batches(index, on_bad="stop")[0]
-    counting = BadSamples(tmp_path / "bad.jsonl", 0.1)
-    report = BadReport(0, 1, "shard-000000.tar: key 7", "truncated", 3)
-    counting([report, report], seen=100)
-    assert counting.count == len((tmp_path / "bad.jsonl").read_text().splitlines()) == 2
-    with pytest.raises(InputError, match=r"14 of 100 samples.*max_bad_fraction=0\.1"):
-        counting([report] * 12, seen=100)
 
 
 def test_a_read_error_is_not_a_bad_sample(shards: Path, tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ class TrainBatches(Dataset):
                 if self.on_bad == "stop":
                     raise InputError(f"{name}: {error}; data.bad_samples=skip replaces such samples") from None
                 if candidate == position:
-                    reports.append(BadReport(source, sample, name, str(error), position))
+                    reports.append(BadReport(self.indexes[source].root, sample, name, str(error), position))
         step = position // self.batch_size
         raise InputError(f"step {step}: none of the {self.batch_size} samples of the batch decodes; check the data")
 
@@ -210,7 +210,7 @@ class EvalBatches(Dataset):
             try:
                 image, label = _load(self.index, self.reader, sample, self.pixels)
             except BadSample as error:
-                reports.append(BadReport(0, sample, self.index.describe(sample), str(error)))
+                reports.append(BadReport(self.index.root, sample, self.index.describe(sample), str(error)))
                 continue
             if self.seed is not None:
                 seed_generators(derive_seed(self.seed, VIEW_SEED, sample))

@@ -15,7 +15,7 @@ from ssl_vit.config import InputError
 from ssl_vit.data.bad_samples import BadReport
 from ssl_vit.data.index import Index
 from ssl_vit.data.loader import Pixels
-from ssl_vit.data.workers import LoaderFailed
+from ssl_vit.data.workers import STALL, LoaderFailed
 from ssl_vit.encoders.base import Tokens
 
 
@@ -122,9 +122,10 @@ class Subject:
         seed: of the run.
         batch_size: images a forward pass.
         workers: loader processes.
+        stall_timeout: seconds without a batch after which they are given up.
         step: optimizer steps done.
         picture: called with a name and a uint8 (H, W, 3) picture.
-        on_bad: called with the samples that did not decode.
+        on_bad: called by every process after a set, each with those of its samples that did not decode.
         on_no_data: called with the reason when samples cannot be read; asks for a stop at the next pause, or raises.
         pause_point: called by every process between batches and evaluations; may raise to leave them.
         kept: by the id of a set, the samples of it that decode.
@@ -141,6 +142,7 @@ class Subject:
     seed: int = 0
     batch_size: int = 256
     workers: int = 0
+    stall_timeout: float = STALL
     step: int = 0
     picture: Callable[[str, np.ndarray], None] = lambda name, image: None
     on_bad: Callable[[list[BadReport]], None] = lambda reports: None

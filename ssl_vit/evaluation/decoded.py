@@ -10,6 +10,7 @@ from ssl_vit.data.order import derive_seed
 from ssl_vit.data.views import CentreView, seed_generators
 from ssl_vit.evaluation.base import Evaluation, Subject, Subset
 from ssl_vit.evaluation.codebook import coded
+from ssl_vit.evaluation.features import loaded
 from ssl_vit.evaluation.pictures import PICTURE_SEED, fixed_images, in_eval_mode, sheet, shown
 from ssl_vit.modules.patches import patchify, unpatchify
 
@@ -63,8 +64,7 @@ class Decoded(Evaluation):
         batches = EvalBatches(subject.images.index, places, view, subject.pixels, subject.batch_size)
         parts: list[tuple[Tensor, Tensor]] = []
         size = 0
-        for item in range(len(batches)):
-            batch, _ = batches[item]
+        for batch, _ in loaded(subject, batches, len(batches)):
             if batch:
                 moved = subject.pixels.to_device(batch, subject.device)
                 found = coded(subject, moved, "decoded")

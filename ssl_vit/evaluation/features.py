@@ -61,12 +61,8 @@ def outputs(
     good = torch.zeros(len(mine), dtype=torch.bool, device=subject.device)
     was_training = subject.objective.training
     subject.objective.eval()
-    loader = iterate(batches, range(len(batches)), subject.workers)
-    for _ in range(calls):
-        subject.pause_point()
-        batch, reports = _next(subject, loader)
+    for batch, reports in loaded(subject, batches, calls):
         if reports:
-            subject.on_bad(reports)
             first_bad = first_bad or f"; the first: {reports[0].name}: {reports[0].reason}"
         moved = subject.pixels.to_device(batch, subject.device) if batch else blank
         values = forward(moved).float()
@@ -76,7 +72,6 @@ def outputs(
             found[moved["index"]] = values
             labels[moved["index"]] = moved["label"]
             good[moved["index"]] = True
-    subject.pause_point()
     subject.objective.train(was_training)
     total = len(subset.samples)
     everything = distributed.gather_interleaved(found, total)
@@ -88,13 +83,24 @@ def outputs(
     return everything[kept], distributed.gather_interleaved(labels, total)[kept]
 
 
-def _next(subject: Subject, loader: Iterator[tuple[Batch, list[BadReport]]]) -> tuple[Batch, list[BadReport]]:
-    """The next batch, or an empty one: a process without data must not leave the others before their next pause."""
-    try:
-        return next(loader, ({}, []))
-    except LoaderFailed as error:
-        subject.on_no_data(str(error))
-        return {}, []
+def loaded(subject: Subject, batches: EvalBatches, calls: int) -> Iterator[tuple[Batch, list[BadReport]]]:
+    """The batches of this process, then empty ones: ``calls`` in all, the same number on every process.
+
+    Before any process goes on with a batch, all know whether each has one: none leaves the others waiting. All of it
+    has to be taken: bad samples are reported behind the last.
+    """
+    loader = iterate(batches, range(len(batches)), subject.workers, stall_timeout=subject.stall_timeout)
+    bad: list[BadReport] = []
+    for _ in range(calls):
+        batch, reports = {}, []
+        try:
+            batch, reports = next(loader, ({}, []))
+        except LoaderFailed as error:
+            subject.on_no_data(str(error))
+        subject.pause_point()
+        bad += reports
+        yield batch, reports
+    subject.on_bad(bad)
 
 
 def _check_finite(subset: Subset, found: Tensor, good: Tensor) -> None:

@@ -9,7 +9,7 @@ from ssl_vit import distributed
 from ssl_vit.data.loader import EvalBatches
 from ssl_vit.data.views import CentreView
 from ssl_vit.evaluation.base import Evaluation, Subject
-from ssl_vit.evaluation.features import outputs
+from ssl_vit.evaluation.features import loaded, outputs
 from ssl_vit.evaluation.pictures import sheet, to_rgb
 
 
@@ -50,7 +50,8 @@ class Neighbours(Evaluation):
         rows = torch.cat([queries[:, None], neighbours.cpu()], dim=1)  # (count, 1 + k)
         view = CentreView(subject.img_size, subject.pixels.crop_pct, subject.pixels.interpolation)
         chosen = subject.images.samples[places[rows.flatten()].numpy()]
-        batch, _ = EvalBatches(subject.images.index, chosen, view, subject.pixels, len(chosen))[0]
+        batches = EvalBatches(subject.images.index, chosen, view, subject.pixels, len(chosen))
+        [(batch, _)] = loaded(subject, batches, 1)
         pictures = to_rgb(batch["image"].float() / 255).unflatten(0, rows.shape)
         subject.picture("neighbours", sheet(list(pictures.unbind(dim=1))))
         return {"similarity": values.mean().item()}

@@ -14,6 +14,7 @@ from ssl_vit.data.loader import EvalBatches, Pixels
 from ssl_vit.data.order import derive_seed
 from ssl_vit.data.views import CentreView, seed_generators
 from ssl_vit.evaluation.base import Evaluation, Subject
+from ssl_vit.evaluation.features import loaded
 
 PICTURE_SEED = 3
 SMALLEST_SIDE = 96
@@ -52,7 +53,7 @@ def fixed_images(subject: Subject, count: int) -> dict[str, Tensor]:
     subset = subject.images
     spread = np.arange(min(count, len(subset.samples))) * len(subset.samples) // count
     view = CentreView(subject.img_size, subject.pixels.crop_pct, subject.pixels.interpolation)
-    batch, _ = EvalBatches(subset.index, subset.samples[spread], view, subject.pixels, count)[0]
+    [(batch, _)] = loaded(subject, EvalBatches(subset.index, subset.samples[spread], view, subject.pixels, count), 1)
     return subject.pixels.to_device(batch, subject.device) if batch else {}
 
 

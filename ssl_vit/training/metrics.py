@@ -158,7 +158,7 @@ def truncate_metrics(path: Path, step: int) -> None:
             line = json.loads(text)
         except json.JSONDecodeError:
             continue
-        if line["step"] <= step:
+        if line.get("step", 0) <= step:
             kept.append(text + "\n")
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept), encoding="utf-8")

@@ -99,7 +99,7 @@ class StopRequest:
     def name(self) -> str:
         """The signal's name, or why there is no data; called by all processes that stop together."""
         if self.number == NO_DATA:
-            return next(filter(None, distributed.all_texts(self.reason)))
+            return next(filter(None, distributed.all_objects(self.reason)))
         return signal.Signals(self.number).name if self.number else "stopped"
 
 

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from ssl_vit import distributed
-from ssl_vit.data.bad_samples import BadReport
+from ssl_vit.data.bad_samples import BadReport, BadSamples
 from ssl_vit.data.loader import STEP_SEED, Batch, Pixels, TrainBatches, iterate
 from ssl_vit.data.order import derive_seed
 from ssl_vit.data.reading_plan import cores_of_a_process, waiting_advice
 from ssl_vit.data.views import seed_generators
 from ssl_vit.data.workers import STALL
 from ssl_vit.training.checkpoint import Checkpoints
-from ssl_vit.training.metrics import MetricsLog
+from ssl_vit.training.metrics import MetricsLog, truncate_metrics
 from ssl_vit.training.optim import set_schedule
 from ssl_vit.training.plan import Plan
 from ssl_vit.training.signals import Flags, Interrupted, Preempted, StopRequest
@@ -48,7 +48,7 @@ class Trainer:
         log: metrics.
         checkpoints: where to save.
         evaluate: called with the number of steps done, before the first step and after each; returns what it measured.
-        on_bad: called with the reports of samples that did not decode and the number of samples seen.
+        bad: samples that did not decode.
         stop: the signals that this process got.
         skips: steps that made no update.
         start_step: steps done before this process started.
@@ -70,7 +70,7 @@ class Trainer:
     log: MetricsLog
     checkpoints: Checkpoints
     evaluate: Callable[[int], dict[str, float]]
-    on_bad: Callable[[list[BadReport], int], None]
+    bad: BadSamples
     stop: StopRequest
     skips: Skips
     start_step: int = 0
@@ -209,6 +209,9 @@ class Trainer:
         self.skips.undo(saved.step, bar=error.steps)
         self.flags, self.rolled_back, self.saved = Flags(self.device), True, saved.step
         self.log.rewind(saved.step)
+        if self.log.active:
+            truncate_metrics(self.bad.path, saved.step)
+        self.bad.go_on(saved.state.get("bad_samples", 0))
         return saved.step
 
     def _broken(self, what: str) -> FloatingPointError:
@@ -241,7 +244,7 @@ class Trainer:
 
     def _on_device(self, batch: Batch, reports: list[BadReport], step: int) -> Batch:
         if reports:
-            self.on_bad(reports, (step + 1) * self.plan.optim.batch_size)
+            self.bad.replaced(reports, step + 1)
         if self.on_samples is not None:
             self.on_samples(step + 1, batch["index"].tolist())
         return self.pixels.to_device(batch, self.device)
@@ -257,6 +260,7 @@ class Trainer:
         if self.skips.steps:
             line["skipped"] = len(self.skips.steps)
         self.log.train(line)
+        self.bad.check(line["samples_seen"], self.device)
         self.waiting = self.waiting + 1 if line["data_wait"] > MUCH_WAITING else 0
         if self.waiting == 2 and self.log.active:
             rate, cores = line["images_per_second"] / distributed.world_size(), cores_of_a_process()
@@ -270,10 +274,10 @@ class Trainer:
     def _save(self, step: int, evaluated: bool = True) -> None:
         """Write a checkpoint; a full disk costs this one, not the run."""
         weights, optimizer = self.strategy.weights(), self.strategy.optimizer_state()
-        failed = torch.zeros((), device=self.device)
+        failed, bad = torch.zeros((), device=self.device), self.bad.total(self.device)
         if distributed.is_main():
             self.state |= {"samples_seen": step * self.plan.optim.batch_size, "evaluated": evaluated}
-            self.state |= {"skipped": self.skips.steps, "barred": sorted(self.skips.barred)}
+            self.state |= {"bad_samples": bad, "skipped": self.skips.steps, "barred": sorted(self.skips.barred)}
             try:
                 self.checkpoints.save(step, weights, optimizer, self.state)
             except OSError as error:
