@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_python, tiny_recipe
+from conftest import ROOT, run_python, tiny_recipe, write_shard
 
 from ssl_vit.config import check, load, to_yaml
 from ssl_vit.recipe import Recipe, check_recipe
@@ -16,8 +16,10 @@ from ssl_vit.training.metrics import read_metrics
 pytestmark = pytest.mark.processes
 
 
-def test_two_processes_train_and_judge_like_one(images: Path, tmp_path: Path) -> None:
-    """Level (b): same global batches, float32; 72 validation images on two processes, each counted once."""
+def test_two_processes_train_and_judge_like_one(tmp_path: Path) -> None:
+    """Level (b): same global batches, float32. B14: shards of 25, 10, 10 and 10 images, each counted once."""
+    for number, count in enumerate((25, 10, 10, 10)):
+        write_shard(tmp_path / "shards" / f"shard-{number:06d}.tar", count)
     folders = {}
     evals = {
         "knn": {"k": [5]}, "linear": {}, "rank": {}, "few_shot": {"shots": [1, 3], "draws": 2},
@@ -25,8 +27,9 @@ def test_two_processes_train_and_judge_like_one(images: Path, tmp_path: Path) ->
         "neighbours": {"count": 2, "k": 3},
     }  # fmt: skip
     for name, words in (("one", None), ("two", ["-m", "torch.distributed.run", "--nproc_per_node", "2"])):
-        values = tiny_recipe(images, tmp_path / name, evals=evals)
-        values["run"] |= {"micro_batch_size": 4}
+        values = tiny_recipe(Path(), tmp_path / name, evals=evals)
+        values["data"] |= dict.fromkeys(("train", "val"), str(tmp_path / "shards"))
+        values["run"] |= {"micro_batch_size": 4, "log_samples": True}
         if words is None:
             run(check_recipe(check(Recipe, values)))
         else:
@@ -46,12 +49,23 @@ def test_two_processes_train_and_judge_like_one(images: Path, tmp_path: Path) ->
     assert [line["lr"] for line in two] == [line["lr"] for line in one]
     first, second = ([line for line in folders[name] if "loss" not in line] for name in ("one", "two"))
     for key in ("knn/top1", "linear/top1"):
-        assert first[-1][key] == pytest.approx(second[-1][key], abs=1 / 72)
+        assert first[-1][key] == pytest.approx(second[-1][key], abs=1 / 55)
     start, same = ({k: v for k, v in lines[0].items() if not k.endswith("/seconds")} for lines in (first, second))
     assert {f"{name}/top1" for name in ("knn", "linear", "few_shot", "sweep")} < set(start)
     assert same == pytest.approx(start, rel=1e-5), "the same start: every figure of every evaluation"
     sheets = [(tmp_path / name / "pictures" / "neighbours_00000000.png").read_bytes() for name in ("one", "two")]
     assert sheets[0] == sheets[1]
+    hits = 55 * same["knn/top1"]  # wrong labels cannot be hit
+    assert 0 < hits < 55
+    assert hits == pytest.approx(round(hits)), "28 and 27 images"
+    taken = [samples(tmp_path / "two", rank) for rank in (0, 1)]
+    assert [len(part) for part in taken] == [12 * 8] * 2
+    assert sorted(taken[0] + taken[1]) == sorted(samples(tmp_path / "one", 0))
+
+
+def samples(run: Path, rank: int) -> list[str]:
+    lines = (run / "samples" / f"rank_{rank}.jsonl").read_text().splitlines()
+    return [name for line in lines for name in json.loads(line)["samples"]]
 
 
 @pytest.mark.slow

@@ -133,7 +133,11 @@ def test_members_in_pieces_are_refused(tmp_path):
 
 @pytest.mark.parametrize("again", ["0.png", "9.png"])
 def test_a_member_twice_is_refused(again, tmp_path):
-    """B05: appended after others, or right after itself."""
+    """B05: appended after others, or right after itself.
+
+    Refused for the whole shard when it is indexed, whatever ``data.bad_samples`` says: which of the two is meant is
+    unknown, and a shard that tools have appended to may hold more of the kind.
+    """
     shard = write_tar(tmp_path / "s.tar", [(f"{i}.png", png()) for i in range(10)])
     with tarfile.open(shard, "a") as tar:
         tar.addfile(tarfile.TarInfo(again), io.BytesIO())
