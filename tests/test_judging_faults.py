@@ -335,8 +335,11 @@ def test_a_chain_of_fine_tunings(mine: Path, images: Path, tmp_path: Path, caplo
     five = write_images(tmp_path / "five", classes=5, per_class=4)
     caplog.set_level(logging.INFO, logger="ssl_vit")
 
-    def tune(folder: str, data: Path, objective: dict[str, Any], encoder: dict[str, Any]) -> dict[str, Any]:
+    def tune(
+        folder: str, data: Path, objective: dict[str, Any], encoder: dict[str, Any], **constants: Any
+    ) -> dict[str, Any]:
         values = tiny_recipe(data, tmp_path / folder, evals={"accuracy": {}}, encoder=encoder)
+        values["data"] |= constants
         run(check_recipe(check(Recipe, {**values, "objective": {"name": "classification", **objective}})))
         return json.loads((tmp_path / folder / "result.json").read_text())
 
@@ -355,8 +358,11 @@ def test_a_chain_of_fine_tunings(mine: Path, images: Path, tmp_path: Path, caplo
     assert result["data"]["val"]["classes"] == 5
     released = {name.removeprefix("encoder.model."): tensor for name, tensor in saved.items()}
     torch.save({"model": released}, tmp_path / "released.pth")
+    settings = json.loads((tmp_path / "five_classes" / "encoder" / "config.json").read_text())["pretrained_cfg"]
+    told = {"released.pth": {key: settings[key] for key in ("mean", "std")}}  # a run says what it was trained with
+    large = {**TINY_ENCODER, "img_size": 64}
     kept = [
-        tune(f"again_{init}", five, {"init": str(tmp_path / init)}, {**TINY_ENCODER, "img_size": 64})["evaluations"]
+        tune(f"again_{init}", five, {"init": str(tmp_path / init)}, large, **told.get(init, {}))["evaluations"]
         for init in ("five_classes", "released.pth")
     ]
     assert kept[0]["initial"]["accuracy/top1"] == kept[1]["initial"]["accuracy/top1"] > 0.5
