@@ -195,7 +195,7 @@ for shards in (out, foreign):
     index = open_source(shards)
     view, pixels = CentreView((8, 8), 1.0, "bicubic"), Pixels((0.5,) * 3, (0.5,) * 3)
     batch, reports = EvalBatches(index, range(len(index)), view, pixels, 16)[0]
-    BadSamples(Path(out + ".jsonl"), 1.0)(reports)
+    BadSamples(Path(out + ".jsonl")).left_out(reports, 0)
 """
 
 
