@@ -12,8 +12,8 @@ from torch import Tensor
 
 SMALL = 2_000_000
 """Numbers in a set of features up to which it is fitted in float64."""
-CONVERGED, CHOOSING = 1e-7, 1e-5
-"""Largest entry of the gradient where a fit ends, and where it ends if it only chooses the penalty."""
+CONVERGED = 1e-7
+"""Largest entry of the gradient where a fit ends."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,7 @@ def fit_selected(
     folds: int,
     seed: int,
     rounds: int = 1,
+    tolerance: float = CONVERGED,
 ) -> tuple[Classifier, float]:
     """Choose the penalty on held-out folds of the training set, then fit all of it.
 
@@ -166,6 +167,7 @@ def fit_selected(
         folds: the training set is cut into that many parts.
         seed: of the cut.
         rounds: number of folds that take a turn as the held-out part; ``folds`` is full cross-validation.
+        tolerance: of the fits that only choose: well below the penalties, or it takes their place.
 
     Returns:
         The classifier and the chosen penalty, the largest of equally good ones.
@@ -177,7 +179,7 @@ def fit_selected(
     scores = torch.zeros(len(penalties), dtype=torch.float64)
     for fold in range(rounds):
         held = assigned == fold
-        path = fit_path(features[~held], labels[~held], num_classes, penalties, tolerance=CHOOSING)
+        path = fit_path(features[~held], labels[~held], num_classes, penalties, tolerance=tolerance)
         scores += torch.tensor([c.accuracy(features[held], labels[held]) for c in path], dtype=torch.float64)
     best = int(scores.argmax())
     return fit_path(features, labels, num_classes, penalties[: best + 1])[-1], penalties[best]
