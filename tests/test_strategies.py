@@ -75,7 +75,8 @@ def single(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # ZeRO-1 is what ZeRO-2 does, and less
 @pytest.fixture(
-    scope="module", params=[pytest.param(s, marks=[pytest.mark.slow] if s == "zero1" else []) for s in STRATEGIES]
+    scope="module",
+    params=[pytest.param(s, marks=[pytest.mark.slow] if s in ("zero1", "zero2") else []) for s in STRATEGIES],
 )
 def group(
     request: pytest.FixtureRequest, data: Path, single: Path, tmp_path_factory: pytest.TempPathFactory
