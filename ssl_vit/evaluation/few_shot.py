@@ -15,8 +15,6 @@ from ssl_vit.evaluation.logistic import fit_selected
 
 PENALTIES = [1.0, 1e-1, 1e-2, 1e-3, 1e-4]
 """Weaker ones change nothing: so few images are told apart without an error."""
-CHOOSING = 1e-5
-"""Largest entry of the gradient where a fit that only chooses ends: less than half the work, and the same choices."""
 
 
 class FewShot(Evaluation):
@@ -68,9 +66,8 @@ class FewShot(Evaluation):
                 chosen = self._draw(labels.cpu(), shots, seed)
                 folds = min(5, shots)
                 classifier, _ = fit_selected(
-                    features[chosen], labels[chosen], subject.num_classes, self.penalties, folds, subject.seed, folds,
-                    CHOOSING,
-                )  # fmt: skip
+                    features[chosen], labels[chosen], subject.num_classes, self.penalties, folds, subject.seed, folds
+                )
                 accuracies.append(classifier.accuracy(queries, expected))
             mean = statistics.fmean(accuracies)
             spread = statistics.stdev(accuracies) if self.draws > 1 else 0.0

@@ -12,8 +12,6 @@ from torch import Tensor
 
 SMALL = 2_000_000
 """Numbers in a set of features up to which it is fitted in float64."""
-CONVERGED = 1e-7
-"""Largest entry of the gradient where a fit ends."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +37,7 @@ class Classifier:
 
 
 def fit_path(
-    features: Tensor,
-    labels: Tensor,
-    num_classes: int,
-    penalties: Sequence[float],
-    max_iter: int = 500,
-    tolerance: float = CONVERGED,
+    features: Tensor, labels: Tensor, num_classes: int, penalties: Sequence[float], max_iter: int = 500
 ) -> list[Classifier]:
     """One classifier a penalty: mean cross-entropy + penalty / 2 * squared norm of the weights, by L-BFGS.
 
@@ -57,7 +50,6 @@ def fit_path(
         num_classes: K.
         penalties: weights of the squared norm.
         max_iter: L-BFGS iterations a penalty at the most.
-        tolerance: largest entry of the gradient at the end; in float32 1e-5 at the least.
     """
     dtype = torch.float64 if features.numel() <= SMALL else torch.float32
     features = features.to(dtype)
@@ -79,7 +71,6 @@ def fit_path(
             lambda flat, penalty=penalty, scale=scale: _loss_and_gradient(flat, scale, rotated, labels, penalty),
             (weights * scale).numpy().ravel(),
             max_iter,
-            tolerance,
             small=dtype == torch.float64,
         )
         weights = torch.from_numpy(found).view_as(weights) / scale
@@ -89,18 +80,9 @@ def fit_path(
 
 
 def _minimize(
-    function: Callable[[np.ndarray], tuple[float, np.ndarray]],
-    start: np.ndarray,
-    max_iter: int,
-    tolerance: float,
-    small: bool,
+    function: Callable[[np.ndarray], tuple[float, np.ndarray]], start: np.ndarray, max_iter: int, small: bool
 ) -> np.ndarray:
-    options = {
-        "maxiter": max_iter,
-        "maxfun": 2 * max_iter,
-        "gtol": tolerance if small else max(tolerance, 1e-5),
-        "ftol": 0.0,
-    }
+    options = {"maxiter": max_iter, "maxfun": 2 * max_iter, "gtol": 1e-7 if small else 1e-5, "ftol": 0.0}
     threads = torch.get_num_threads()
     if small:
         # threads that wait for each other in thousands of tiny products make this thirty times slower
@@ -153,7 +135,6 @@ def fit_selected(
     folds: int,
     seed: int,
     rounds: int = 1,
-    tolerance: float = CONVERGED,
 ) -> tuple[Classifier, float]:
     """Choose the penalty on held-out folds of the training set, then fit all of it.
 
@@ -167,7 +148,6 @@ def fit_selected(
         folds: the training set is cut into that many parts.
         seed: of the cut.
         rounds: number of folds that take a turn as the held-out part; ``folds`` is full cross-validation.
-        tolerance: of the fits that only choose: well below the penalties, or it takes their place.
 
     Returns:
         The classifier and the chosen penalty, the largest of equally good ones.
@@ -179,7 +159,7 @@ def fit_selected(
     scores = torch.zeros(len(penalties), dtype=torch.float64)
     for fold in range(rounds):
         held = assigned == fold
-        path = fit_path(features[~held], labels[~held], num_classes, penalties, tolerance=tolerance)
+        path = fit_path(features[~held], labels[~held], num_classes, penalties)
         scores += torch.tensor([c.accuracy(features[held], labels[held]) for c in path], dtype=torch.float64)
     best = int(scores.argmax())
     return fit_path(features, labels, num_classes, penalties[: best + 1])[-1], penalties[best]
