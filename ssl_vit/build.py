@@ -19,6 +19,7 @@ from ssl_vit.data.order import Stream, derive_seed
 from ssl_vit.data.reading_plan import ReadingPlan, cores_of_a_process, local_ranks, view_bytes
 from ssl_vit.data.views import CentreView
 from ssl_vit.encoders.base import Encoder, create_encoder
+from ssl_vit.encoders.files import run_of_checkpoint
 from ssl_vit.encoders.timm_models import usual_pixels
 from ssl_vit.encoders.weights import encoder_config, fill_encoder, fill_objective
 from ssl_vit.evaluation.base import Evaluation, Subset
@@ -115,8 +116,8 @@ def build_judged(recipe: EvaluationRecipe) -> Objective:
 
 def _recipe_of_run(init: str | None) -> Recipe | None:
     """What trained the run that a path names, or a checkpoint in it; None: it is of no training."""
-    path = Path(init or "").absolute()
-    for folder in (path, *(parent.parent for parent in path.parents[:2] if parent.name == "checkpoints")):
+    path = Path(init or "")
+    for folder in (path, *run_of_checkpoint(path)):
         if init and (folder / "recipe.yaml").is_file():
             values = load([folder / "recipe.yaml"], [])
             return check_recipe(check(Recipe, values)) if "objective" in values else None

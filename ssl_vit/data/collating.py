@@ -18,7 +18,7 @@ def stack(views: Sequence[Batch]) -> Batch:
 class SharedSlots:
     """Stacks into shared memory, batch after batch into the same few places in turn.
 
-    Fresh pages of shared memory cost a worker more than a tenth of all its time. A batch is overwritten when ``count``
+    Fresh pages of shared memory cost system time (BENCHMARKS.md, loaders). A batch is overwritten when ``count``
     more have been stacked: whoever receives it has copied it by then.
 
     Args:
@@ -31,12 +31,13 @@ class SharedSlots:
 
     def __call__(self, views: Sequence[Batch]) -> Batch:
         """As :func:`stack`."""
+        if not views:
+            return {}
         slot = self.slots[self.next]
         self.next = (self.next + 1) % len(self.slots)
-        for key in views[0] if views else ():
-            tensors = [view[key] for view in views]
-            shape = (len(tensors), *tensors[0].shape)
-            if key not in slot or slot[key].shape != shape or slot[key].dtype != tensors[0].dtype:
-                slot[key] = torch.empty(shape, dtype=tensors[0].dtype).share_memory_()
-            torch.stack(tensors, out=slot[key])
-        return {key: slot[key] for key in (views[0] if views else ())}
+        for key, first in views[0].items():
+            shape = (len(views), *first.shape)
+            if key not in slot or slot[key].shape != shape or slot[key].dtype != first.dtype:
+                slot[key] = torch.empty(shape, dtype=first.dtype).share_memory_()
+            torch.stack([view[key] for view in views], out=slot[key])
+        return {key: slot[key] for key in views[0]}

@@ -151,8 +151,7 @@ def encoder_config(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path}: no such file or folder")
     if path.suffix == ".safetensors" and (stated := _stated_in(path)):
         return _from_timm_config(path, stated)
-    runs = [parent.parent for parent in path.absolute().parents[:2] if parent.name == "checkpoints"]
-    for folder in [path if path.is_dir() else path.parent, *runs]:
+    for folder in [path if path.is_dir() else path.parent, *run_of_checkpoint(path)]:
         for config in (folder / "config.json", folder / "encoder" / "config.json"):
             if config.is_file():
                 return _from_timm_config(config, config.read_text(encoding="utf-8", errors="replace"))
@@ -162,6 +161,11 @@ def encoder_config(path: str | Path) -> dict[str, Any]:
             stated = {key: value for key, value in encoder.items() if key != "init"}
             return {**stated, "data": {key: data[key] for key in DATA_KEYS if data.get(key) is not None}}
     raise InputError(f"{path}: does not say which encoder it holds; give it as encoder.name=... (and img_size ...)")
+
+
+def run_of_checkpoint(path: Path) -> list[Path]:
+    """The run that a checkpoint, or a file in one, is of; none for any other path."""
+    return [parent.parent for parent in path.absolute().parents[:2] if parent.name == "checkpoints"]
 
 
 def _stated_in(file: Path) -> str | None:
