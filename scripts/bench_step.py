@@ -5,10 +5,11 @@
     python scripts/bench_step.py sizes=tiny device=cpu batch=16 precision=no
     python scripts/bench_step.py objectives=simmim_vit_base_patch16_in1k,ibot_vit_base_patch16_in1k device=cuda batch=64
 
-MAE contenders: ours, ours with compiled blocks (CUDA), transformers' ViTMAEForPreTraining, the official model restated
+MAE contenders: ours, ours with compiled blocks, transformers' ViTMAEForPreTraining, the official model restated
 (with today's fused attention, and with the attention of timm 0.3.2 that it was released with), lightly's MAE if it is
 installed. Rounds are interleaved; a row has the median and quartiles of the rounds, images/s, peak memory, and MFU:
-the FLOPs that the method needs (ours, counted) over the matrix rate measured in the same process.
+the FLOPs that the method needs (ours, counted) over the matrix rate measured in the same process. ``objectives`` are
+recipes of configs/pretrain, by name; key=value with a dot go to them (``objective.teacher.weights=runs/teacher``).
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import argparse
 import gc
 import importlib.util
 import json
-import math
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -30,6 +31,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ssl_vit import build
+from ssl_vit.config import check, load
+from ssl_vit.objectives.base import Progress
+from ssl_vit.preflight.cost import _attention_flops, _blank_batch, count
+from ssl_vit.recipe import Recipe, check_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {
@@ -260,8 +267,6 @@ def needed_flops(size: dict[str, Any]) -> float:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
 
-    from ssl_vit.preflight.cost import _attention_flops
-
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with torch.device("meta"):
         model = ours(size, False).train()
@@ -274,19 +279,47 @@ def needed_flops(size: dict[str, Any]) -> float:
     return counter.get_total_flops() / 2
 
 
-def peak_of(name: str, size_name: str, options: Any) -> float:
-    """Peak memory in bytes: of the device on CUDA, else the resident memory of a process that does only this."""
-    if options.device == "cuda":
-        return float(torch.cuda.max_memory_allocated())
-    command = [
-        sys.executable,
-        __file__,
-        f"sizes={size_name}",
-        f"batch={options.batch}",
-        f"precision={options.precision}",
-    ]
-    done = subprocess.run([*command, f"only={name}", "device=cpu"], capture_output=True, text=True, check=True)
-    return float(done.stdout.split()[-1]) * 1024
+def ready(make: Callable[[], tuple[Contender, Any]], word: str, options: Any) -> tuple[Contender, Any, list[float]]:
+    """A contender after its first steps, its batch, and two numbers of bytes.
+
+    The first is its peak memory, the second how much of that is the steps: what comes on top of the model that stands
+    there. On CUDA what the allocator gave out, else the resident memory of a process that does only this.
+
+    Args:
+        make: gives contender and batch.
+        word: what says to that process which it is, ``objectives=...`` or ``sizes=... only=...``.
+        options: of the command line.
+    """
+    cuda = options.device == "cuda"
+    if cuda:
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() if cuda else 0
+    contender, batch = make()
+    standing = torch.cuda.memory_allocated() if cuda else 0
+    start = time.perf_counter()
+    contender.timed(batch, options.warmup)
+    print(f"{word}: ready after {time.perf_counter() - start:.1f} s", file=sys.stderr)
+    if cuda:
+        peak = torch.cuda.max_memory_allocated()
+        return contender, batch, [peak - before, peak - standing]
+    words = [*word.split(" ", 1), f"batch={options.batch}", f"precision={options.precision}", *options.words]
+    command = [sys.executable, __file__, *words, "alone=1", "device=cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    peak, standing = (1024.0 * int(number) for number in done.stdout.split()[-2:])
+    return contender, batch, [peak, peak - standing]
+
+
+def alone(contender: Contender, batch: Any) -> None:
+    """Three steps, and the kB of this process at its peak and before them."""
+
+    def resident(name: str) -> str:  # not getrusage: what a process had before exec counts there
+        return re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1]  # pyright: ignore
+
+    standing = resident("VmRSS")
+    contender.timed(batch, 3)
+    print(resident("VmHWM"), standing)
 
 
 def bench_mae(size_name: str, options: Any, rate: float) -> list[dict[str, Any]]:
@@ -294,22 +327,15 @@ def bench_mae(size_name: str, options: Any, rate: float) -> list[dict[str, Any]]
     size = SIZES[size_name]
     flops, batch = needed_flops(size), images(options, size)
     found, rows = contenders(size), []
-    if options.device == "cpu":
+    if options.device == "cpu" and not shutil.which("g++"):
+        print("no g++: compiled blocks are left out", file=sys.stderr)
         found.pop("ours, compiled blocks")
     chosen = [name for name in found if not options.contenders or name.split(",")[0] in options.contenders]
     running: dict[str, Contender] = {}
-    peaks: dict[str, float] = {}
+    memory: dict[str, list[float]] = {}
     for name in chosen:
-        if options.device == "cuda":
-            gc.collect()
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-        running[name] = Contender(*found[name], options)
-        start = time.perf_counter()
-        running[name].timed(batch, options.warmup)
-        print(f"{size_name} {name}: ready after {time.perf_counter() - start:.1f} s", file=sys.stderr)
-        peaks[name] = peak_of(name, size_name, options) - (before if options.device == "cuda" else 0)  # pyright: ignore
+        word = f"sizes={size_name} only={name}"
+        running[name], _, memory[name] = ready(lambda n=name: (Contender(*found[n], options), batch), word, options)
     if options.device == "cuda" and "ours" in running:
         torch.cuda.set_sync_debug_mode("error")  # a step of ours never waits for the device
         running["ours"].step(batch)
@@ -325,53 +351,55 @@ def bench_mae(size_name: str, options: Any, rate: float) -> list[dict[str, Any]]
         rows.append({
             "size": size_name, "model": name, "batch": options.batch, "precision": options.precision,
             "ms": middle * 1e3, "ms_quartiles": [low * 1e3, high * 1e3], "images_per_second": speed,
-            "peak_gb": peaks[name] / 1e9, "mfu": speed * flops / rate, "tflops": speed * flops / 1e12,
+            "peak_gb": memory[name][0] / 1e9, "steps_gb": memory[name][1] / 1e9,
+            "mfu": speed * flops / rate, "tflops": speed * flops / 1e12,
             "relative": statistics.median(times[reference]) / middle,
         })  # fmt: skip
     return rows
 
 
-def bench_objective(name: str, options: Any) -> dict[str, Any]:
-    """The row of a published recipe, its views of black images."""
-    from ssl_vit import build
-    from ssl_vit.config import check, load
-    from ssl_vit.objectives.base import Progress
-    from ssl_vit.preflight.cost import _blank_batch
-    from ssl_vit.recipe import Recipe, check_recipe
-
-    words = ["data.train=builtin:digits-train", "objective.num_classes=1000"]
+def recipe_of(name: str, options: Any) -> Recipe:
+    """A recipe of configs/pretrain with the words of the command line."""
     file = ROOT / "configs" / "pretrain" / f"{name}.yaml"
-    words = words if "num_classes" in file.read_text() else words[:1]
-    recipe = check_recipe(check(Recipe, load([file], [*words, *options.words])))
-    if options.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    words = ["data.train=builtin:digits-train"] + ["objective.num_classes=1000"] * ("num_classes" in file.read_text())
+    return check_recipe(check(Recipe, load([file], [*words, *options.words])))
+
+
+def recipe_contender(recipe: Recipe, options: Any) -> tuple[Contender, Any]:
+    """The objective of a recipe, and a batch of its views of black images."""
     objective = build.build_objective(recipe)
     contender = Contender(lambda: objective, lambda m, b: m(b)[0], options)
-    batch = _blank_batch(objective, recipe, options.batch, options.device)
     objective.before_step(Progress(10, 100, 0.1, 1.0, 0.1))
-    contender.timed(batch, options.warmup)
+    return contender, _blank_batch(objective, recipe, options.batch, options.device)
+
+
+def bench_objective(name: str, options: Any, rate: float) -> dict[str, Any]:
+    """The row of a recipe."""
+    recipe = recipe_of(name, options)
+    contender, batch, memory = ready(lambda: recipe_contender(recipe, options), f"objectives={name}", options)
     times = [contender.timed(batch, options.steps) for _ in range(options.rounds)]
     low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
-    peak = torch.cuda.max_memory_allocated() / 1e9 if options.device == "cuda" else math.nan
+    speed, flops = options.batch / middle, count(recipe).flops
     return {
         "size": name, "model": "ours", "batch": options.batch, "precision": options.precision, "ms": middle * 1e3,
-        "ms_quartiles": [low * 1e3, high * 1e3], "images_per_second": options.batch / middle, "peak_gb": peak,
+        "ms_quartiles": [low * 1e3, high * 1e3], "images_per_second": speed, "peak_gb": memory[0] / 1e9,
+        "steps_gb": memory[1] / 1e9, "mfu": speed * flops / rate, "gflops_an_image": flops / 1e9,
     }  # fmt: skip
 
 
 def show(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
     lines = [
-        "| size | model | batch | ms a step (quartiles) | images/s | peak GB | MFU | times official |",
-        "|---" * 8 + "|",
+        "| size | model | batch | ms a step (quartiles) | images/s | peak GB | of it steps | MFU | times official |",
+        "|---" * 9 + "|",
     ]
     for row in rows:
         low, high = row["ms_quartiles"]
-        mfu = f"{row['mfu']:.1%}" if "mfu" in row else ""
         relative = f"{row['relative']:.2f}" if "relative" in row else ""
         lines.append(
             f"| {row['size']} | {row['model']} | {row['batch']} | {row['ms']:.1f} ({low:.1f} to {high:.1f}) | "
-            f"{row['images_per_second']:.0f} | {row['peak_gb']:.2f} | {mfu} | {relative} |"
+            f"{row['images_per_second']:.0f} | {row['peak_gb']:.2f} | {row['steps_gb']:.2f} | {row['mfu']:.1%} | "
+            f"{relative} |"
         )
     return "\n".join(lines)
 
@@ -380,7 +408,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     """``key=value`` words; those with a dot go to the recipes of ``objectives``."""
     options = argparse.Namespace(
         sizes="tiny", objectives="", device="cuda" if torch.cuda.is_available() else "cpu", batch=16, precision="no",
-        rounds=5, steps=5, warmup=3, contenders="", only="", json="", words=[],
+        rounds=5, steps=5, warmup=3, contenders="", only="", alone=0, json="", words=[],
     )  # fmt: skip
     for word in words:
         key, equals, value = word.lstrip("-").partition("=")
@@ -398,12 +426,11 @@ def parse(words: list[str]) -> argparse.Namespace:
 def main() -> None:
     """Print the table, and write it as JSON where asked."""
     options = parse(sys.argv[1:])
-    if options.only:
+    if options.alone and options.objectives:
+        return alone(*recipe_contender(recipe_of(options.objectives[0], options), options))
+    if options.alone:
         size = SIZES[options.sizes[0]]
-        Contender(*contenders(size)[options.only], options).timed(images(options, size), 3)
-        # not getrusage: what a process had before exec counts there
-        print(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])  # pyright: ignore
-        return
+        return alone(Contender(*contenders(size)[options.only], options), images(options, size))
     device = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     rate = matrix_rate(options.device, torch.bfloat16 if options.precision == "bf16" else torch.float32)
     peak = next((value for key, value in DENSE_PEAK.items() if key in device), None)
@@ -418,7 +445,7 @@ def main() -> None:
         if options.device == "cuda":
             torch.cuda.empty_cache()
     for name in options.objectives:
-        rows.append(bench_objective(name, options))
+        rows.append(bench_objective(name, options, rate))
     print(show(rows))
     if options.json:
         facts = {"device": device, "torch": torch.__version__, "matrix_flops": rate, "date": time.strftime("%Y-%m-%d")}

@@ -16,7 +16,7 @@ from ssl_vit import build, distributed, splits
 from ssl_vit.config import plain, to_yaml
 from ssl_vit.data.bad_samples import BadSamples
 from ssl_vit.data.loader import Pixels, TrainBatches
-from ssl_vit.data.reading_plan import ReadingPlan
+from ssl_vit.data.reading_plan import ReadingPlan, worker_rate
 from ssl_vit.encoders.base import Encoder
 from ssl_vit.evaluation.base import Evaluation, Subject
 from ssl_vit.html_report import write_report
@@ -78,7 +78,11 @@ def run(recipe: Recipe, resume: str = "auto") -> None:
             folder.open(recipe, {**launch.facts(), "micro_batch_size": micro, "workers": workers})
             folder.log_to_file()
             folder.status("running", start_step)
-        announce(recipe, plan, reading, sets, accelerator, launch, start_step, objective.level_c)
+        batches = TrainBatches(
+            sets.train, stream, views, pixels, recipe.seed, recipe.optim.batch_size, micro,
+            accelerator.process_index, accelerator.num_processes, recipe.data.bad_samples,
+        )  # fmt: skip
+        announce(recipe, plan, reading, batches, sets, accelerator, launch, start_step, objective.level_c)
         if recipe.run.compile:
             compile_blocks(objective)
         strategy = KINDS[launch.kind](accelerator, objective, recipe.optim, plan.accumulation)
@@ -95,10 +99,6 @@ def run(recipe: Recipe, resume: str = "auto") -> None:
         subject = subject_of(recipe, encoder, strategy.wrapped, pixels, sets, accelerator.device, workers, log, bad)
         subject.pause_point = lambda: stop.check(accelerator.device)
         subject.on_no_data = stop.no_data
-        batches = TrainBatches(
-            sets.train, stream, views, pixels, recipe.seed, recipe.optim.batch_size, micro,
-            accelerator.process_index, accelerator.num_processes, recipe.data.bad_samples,
-        )  # fmt: skip
         skips = Skips(
             folder.path / "bad_batches.jsonl", recipe.optim.max_skips, batches.names_of_step,
             state.get("skipped", []), set(state.get("barred", [])), main,
@@ -255,6 +255,7 @@ def announce(
     recipe: Recipe,
     plan: Plan,
     reading: ReadingPlan,
+    batches: TrainBatches,
     sets: splits.Sets,
     accelerator: Accelerator,
     launch: Launch,
@@ -268,7 +269,7 @@ def announce(
     logger.info("versions: %s", versions)
     images = ", ".join(f"{len(index)} images in {len(index.shards)} shards" for index in sets.train)
     logger.info("data: %s; an epoch is %d", images, plan.epoch_size)
-    for line in reading.describe():
+    for line in reading.describe(worker_rate(batches, start_step * plan.accumulation)):
         logger.info("%s", line)
     logger.info("evaluation: %s", sets.rule)
     logger.info(

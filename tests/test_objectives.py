@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import (
+    ROOT,
     TINY_BEIT,
     TINY_DECODER,
     TINY_ENCODER,
@@ -235,3 +236,14 @@ def test_grey_and_four_channels_from_training_to_export(name: str, channels: int
     model = timm.create_model(f"local-dir:{folder / 'encoder'}", pretrained=True)
     assert model(torch.zeros(1, channels, 32, 32)).shape == (1, 48)
     assert len(model.pretrained_cfg["mean"]) == channels
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_an_objective_logs_is_explained(name: str, images: Path, tmp_path: Path) -> None:
+    """In the table of docs/training.md, with what to do if it is not well."""
+    objective, batch = build(name, images, tmp_path)
+    objective.before_step(Progress(0, 10, 0.0, 1.0, 0.0))
+    _, metrics = objective.train()(batch)
+    document = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    table = document[document.index("## 5.") :]
+    assert [key for key in metrics if f"`{key}`" not in table] == []

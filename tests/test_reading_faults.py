@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -33,7 +34,7 @@ from ssl_vit.data.loader import EvalBatches, Pixels, TrainBatches, iterate
 from ssl_vit.data.order import Order, Stream
 from ssl_vit.data.pack import pack
 from ssl_vit.data.reader import Reader
-from ssl_vit.data.reading_plan import ReadingPlan, view_bytes, waiting_advice
+from ssl_vit.data.reading_plan import ReadingPlan, cores_of_a_process, view_bytes, waiting_advice, worker_rate
 from ssl_vit.data.sources import open_source
 from ssl_vit.data.views import CentreView, MaskedView
 from ssl_vit.data.workers import SLOTS, LoaderFailed
@@ -60,6 +61,14 @@ def batches(index: Index, view: Any = VIEW, **changes: Any) -> TrainBatches:
     stream = Stream([Order(index.shard_sizes.tolist(), 5, 4, 8)], 5)
     settings: dict[str, Any] = {"seed": 3, "batch_size": 8, "micro_batch_size": 8, **changes}
     return TrainBatches([index], stream, view, PIXELS, **settings)
+
+
+class Napping:
+    """A view that takes 10 ms."""
+
+    def __call__(self, sample: dict[str, Any]) -> dict[str, torch.Tensor]:
+        time.sleep(0.01)
+        return VIEW(sample)
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more than this machine has cores
@@ -320,11 +329,35 @@ def test_the_cache_is_looked_at_before_the_start(four: Path, tmp_path: Path, mon
 def test_the_plan_is_told(four: Path, tmp_path: Path) -> None:
     local = plan(open_source(str(four))).describe()
     assert len(local) == 2
+    rated = plan(open_source(str(four))).describe(rate=100.0)[2]
+    together = min(3, cores_of_a_process()) * 100
+    assert rated.startswith(f"loader: a core reads about 100 images/s, 3 workers about {together}; each of the 2")
     assert local[0].startswith("reading: 40 images in 4 shards, 2 processes x 3 workers x 4 lanes, about 0.")
     assert local[1].startswith("read ahead: 17 batches of 0.0 MB a process")
     assert "a request for each image, up to 40 an epoch" in plan(remote_index(four, tmp_path, 0)).describe()[2]
     assert "are read whole into" in plan(remote_index(four, tmp_path, None)).describe()[2]
     assert "each epoch, 0.1 MB at a time" in plan(remote_index(four, tmp_path, 1e-4)).describe()[2]
+
+
+def test_the_rate_of_a_worker_is_measured_and_nothing_else_happens(four: Path, tmp_path: Path) -> None:
+    states = random.getstate()[1][:5], np.random.get_state()[1][:5].tolist(), torch.get_rng_state().tolist()  # pyright: ignore
+    threads = torch.get_num_threads()
+    slow = batches(open_source(str(four)), view=Napping())
+    assert 0 < (worker_rate(slow, 3) or 0) < 100, "a view takes 10 ms and more"
+    assert torch.get_num_threads() == threads
+    assert states == (
+        random.getstate()[1][:5], np.random.get_state()[1][:5].tolist(), torch.get_rng_state().tolist()  # pyright: ignore
+    )  # fmt: skip
+    assert worker_rate(batches(remote_index(four, tmp_path, None)), 0) is None
+
+
+def test_a_rate_that_cannot_be_measured_is_no_error(four: Path, tmp_path: Path) -> None:
+    """What is wrong is said when the run comes to it."""
+    shutil.copytree(four, tmp_path / "shards")
+    index = open_source(str(tmp_path / "shards"))
+    for shard in (tmp_path / "shards").glob("*.tar"):
+        shard.write_bytes(shard.read_bytes()[:100])
+    assert worker_rate(batches(index, on_bad="stop"), 0) is None
 
 
 def test_the_bytes_of_a_step_follow_the_weights(four: Path, tmp_path: Path) -> None:

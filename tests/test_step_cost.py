@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import traceback
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,45 +16,109 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ssl_vit.data.loader import Pixels
 from ssl_vit.encoders.base import create_encoder
 from ssl_vit.objectives.base import Objective, Progress
 from ssl_vit.objectives.mae import MAE
+from ssl_vit.training.optim import OptimSection
+from ssl_vit.training.signals import Flags
+from ssl_vit.training.strategies import Strategy
+from ssl_vit.training.trainer import Trainer
 
 
-def step_without_values(objective: Objective, batch: dict[str, Tensor]) -> None:
-    """Forward, backward, clipping, optimizer and ``after_step`` on tensors that have shapes and no values.
+class Transfers(TorchDispatchMode):
+    """Notes the copies between host and device that the host waits for."""
 
-    What a GPU would have to be waited for (``item``, ``nonzero``, a boolean index, ``tolist``) raises.
+    def __init__(self) -> None:
+        super().__init__()
+        self.waited: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func._schema.name == "aten::_to_copy":
+            source, goal, free = args[0], result, (kwargs or {}).get("non_blocking")
+        elif func._schema.name == "aten::copy_":
+            goal, source, *rest = args
+            free = rest == [True]
+        else:
+            return result
+        if source.device.type != goal.device.type and not free:
+            self.waited.append(f"{source.device} to {goal.device}\n{''.join(traceback.format_stack()[-8:-1])}")
+        return result
+
+
+def step_without_values(objective: Objective, batch: dict[str, Tensor], device: torch.device) -> list[str]:
+    """A training step as the trainer makes it, from a batch on the host to the flags; a GPU need not be there.
+
+    Tensors have shapes and a device and no values: what a GPU would have to be waited for (``item``, ``nonzero``, a
+    boolean index, ``tolist``) raises. On a GPU the backward pass is left out, which torch begins on real ones only.
+
+    Returns:
+        Copies between host and device that the host would wait for.
     """
     mode = FakeTensorMode()
+
+    def moved(tensor: Tensor) -> Tensor:
+        with mode:
+            return torch.empty_like(mode.from_tensor(tensor), device=device)
+
     for module in objective.modules():
-        for tensors in (module._parameters, module._buffers):
-            tensors.update({name: mode.from_tensor(t) for name, t in tensors.items() if t is not None})
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(moved(parameter.data), parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = moved(buffer)
     batch = {name: mode.from_tensor(tensor) for name, tensor in batch.items()}
-    with mode:
-        parameters = [p for p in objective.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, fused=True)
+    accelerator: Any = SimpleNamespace(device=device, prepare=lambda module: module)
+    strategy = Strategy(accelerator, objective, OptimSection(clip_grad=1.0), accumulation=1)
+    trainer: Any = SimpleNamespace(skips=SimpleNamespace(barred={2}))
+    pixels = Pixels((0.5,) * 3, (0.5,) * 3)
+    with mode, Transfers() as transfers:
         objective.before_step(Progress(1, 10, 0.1, 1.0, 0.1))
-        loss, _ = objective(batch)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        objective.after_step(torch.ones((), dtype=torch.bool))
+        loss, _ = objective(pixels.to_device(batch, device))
+        loss = Trainer._finite_or_nan(trainer, loss, 1)
+        if device.type == "cpu":
+            strategy.backward(loss)
+        else:
+            for parameter in strategy.named.values():
+                parameter.grad = torch.empty_like(parameter)
+        skipped, _ = strategy.step()
+        objective.after_step(1 - skipped)
+        Flags(device).agreed(15, skipped)
+    return transfers.waited
 
 
+GPU = torch.device("cuda")
+
+
+@pytest.mark.parametrize("device", [torch.device("cpu"), GPU], ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_step_waits_for_no_value(name: str, images: Path, tmp_path: Path) -> None:
+def test_a_step_waits_for_no_value(name: str, device: torch.device, images: Path, tmp_path: Path) -> None:
     objective, batch = build(name, images, tmp_path)
-    step_without_values(objective.train(), batch)
+    assert step_without_values(objective.train(), batch, device) == []
 
 
 @pytest.mark.parametrize("look", [lambda x: float(x), lambda x: x[x > 0], lambda x: x.nonzero()])
 def test_a_step_that_does_is_found(look: Any, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     objective, batch = build("mae", images, tmp_path)
-    plain = objective.loss
+    plain: Any = objective.loss
     monkeypatch.setattr(objective, "loss", lambda batch: (look(batch["image"].mean()), plain(batch))[1])
     with pytest.raises((DataDependentOutputException, RuntimeError)):
-        step_without_values(objective.train(), batch)
+        step_without_values(objective.train(), batch, GPU)
+
+
+@pytest.mark.parametrize(
+    "copy", [lambda x: torch.tensor([1.0], device=x.device), lambda x: x.cpu(), lambda x: x.new_tensor(1)]
+)
+def test_a_copy_that_is_waited_for_is_found(
+    copy: Any, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objective, batch = build("mae", images, tmp_path)
+    plain: Any = objective.loss
+    monkeypatch.setattr(objective, "loss", lambda batch: (copy(batch["image"].mean()), plain(batch))[1])
+    (found,) = step_without_values(objective.train(), batch, GPU)
+    assert "cuda" in found
 
 
 class Operations(TorchDispatchMode):

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from ssl_vit.config import InputError
 from ssl_vit.data.ahead import Ahead
 from ssl_vit.data.bad_samples import BadReport
-from ssl_vit.data.collating import Batch, stack
+from ssl_vit.data.collating import Batch, of_channels, stack
 from ssl_vit.data.decode import BadSample, decode
 from ssl_vit.data.index import Index
 from ssl_vit.data.order import Stream, derive_seed, rank_positions, replacement_positions
@@ -56,13 +56,16 @@ class Pixels:
 
     def to_device(self, batch: Batch, device: torch.device) -> Batch:
         """Copy a uint8 batch to the device and normalise its images there, in float32."""
-        moved = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-        mean = torch.tensor(self.mean, device=device).view(-1, 1, 1)
-        std = torch.tensor(self.std, device=device).view(-1, 1, 1)
+        return self.normalised({key: value.to(device, non_blocking=True) for key, value in batch.items()})
+
+    def normalised(self, batch: Batch) -> Batch:
+        """A uint8 batch with its images in float32, computed where it is."""
+        batch = dict(batch)
         for key in NORMALISED:
-            if key in moved:
-                moved[key] = (moved[key].float() / 255 - mean) / std
-        return moved
+            if key in batch:
+                image = batch[key].float() / 255
+                batch[key] = (image - of_channels(self.mean, image)) / of_channels(self.std, image)
+        return batch
 
 
 @dataclass
@@ -138,10 +141,11 @@ class TrainBatches(Dataset):
             if self.ahead is None or self.ahead.process != os.getpid():
                 self.ahead = Ahead(self.indexes, self.stream, self.lanes())
             self.ahead.reached(positions[0])
-        views = [self._view_at(position, reports) for position in positions]
+        views = [self.view_at(position, reports) for position in positions]
         return self.stack(views), reports
 
-    def _view_at(self, position: int, reports: list[BadReport]) -> dict[str, Tensor]:
+    def view_at(self, position: int, reports: list[BadReport]) -> dict[str, Tensor]:
+        """The view at a position, or of what replaces a bad sample, which is reported."""
         good = len(reports)
         image, label = self._good_image(position, reports)
         recurring = self.stream.recurring(position)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import shutil
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ssl_vit.config import InputError
 from ssl_vit.data.ahead import coming
 from ssl_vit.data.index import Index
+from ssl_vit.data.loader import TrainBatches
 from ssl_vit.data.order import Stream
 from ssl_vit.data.processes import cores
 from ssl_vit.data.shard_cache import RemoteShard, ShardCache
@@ -24,6 +28,8 @@ from ssl_vit.data.workers import SLOTS
 SHARED_MEMORY = Path("/dev/shm")
 KEPT_FREE = 0.1
 """Share of the free disk that a cache leaves to checkpoints."""
+TRIED, TRIAL = 256, 0.3
+"""Samples and seconds, whichever ends first, that measure how fast a worker is."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +125,12 @@ class ReadingPlan:
                 f"data.cache to a larger disk, or data.cache_size={free / 1e9:.1f} (GB)"
             )
 
-    def describe(self) -> list[str]:
-        """The lines a person checks."""
+    def describe(self, rate: float | None = None) -> list[str]:
+        """The lines a person checks.
+
+        Args:
+            rate: images/s of a worker, see :func:`worker_rate`.
+        """
         count = sum(len(index) for index in self.indexes)
         shares = [rows / self.stream.block for rows in self.stream.rows]
         image = sum(s * index.samples["size"].mean() for s, index in zip(shares, self.indexes, strict=True))
@@ -131,6 +141,13 @@ class ReadingPlan:
             f"read ahead: {self.batches_ahead} batches of {_gb(self.micro_batch_size * self.view_bytes)} a process, "
             f"{_gb(self.memory)} on this machine",
         ]
+        if rate:
+            workers = max(self.workers, 1)
+            together = min(workers, cores_of_a_process()) * rate
+            lines.append(
+                f"loader: a core reads about {rate:.0f} images/s, {workers} workers about {together:.0f}; each of the "
+                f"{self.num_ranks} processes whose steps are faster wants a worker more for every {rate:.0f}"
+            )
         remote = remote_shards(self.indexes)
         if remote:
             lines.append(f"remote: {self._remote(remote)}")
@@ -163,6 +180,35 @@ def view_bytes(view: Callable[[dict[str, Any]], dict[str, Tensor]], in_chans: in
     with torch.random.fork_rng(devices=[]):
         tensors = view({"image": torch.zeros(in_chans, 64, 64, dtype=torch.uint8), "label": 0})
     return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def worker_rate(batches: TrainBatches, item: int) -> float | None:
+    """Images/s that one worker reads, decodes and makes views of, measured here; None: nothing could be.
+
+    Args:
+        batches: of this process.
+        item: the micro-batch to try, which the run will read next.
+    """
+    if any(index.remote(0) for index in batches.indexes):
+        return None  # what a server gives now and to one reader says little, and shards would be read here first
+    states, threads = (random.getstate(), np.random.get_state(), torch.get_rng_state()), torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a worker
+    try:
+        batches.view_at(batches.positions(item)[0], [])  # opens files and libraries
+        start, done = time.perf_counter(), 0
+        for position in batches.positions(item)[:TRIED]:
+            batches.view_at(position, [])
+            done += 1
+            if time.perf_counter() - start > TRIAL:
+                break
+        return done / (time.perf_counter() - start)
+    except (InputError, OSError):  # said when the run comes to it, with what helps
+        return None
+    finally:
+        torch.set_num_threads(threads)
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
 
 
 def waiting_advice(share: float, workers: int, images_per_second: float, cores: int) -> str:

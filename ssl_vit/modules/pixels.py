@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ssl_vit.data.collating import of_channels
+
 
 def pixels_of(image: Tensor, shape: tuple[int, int, int]) -> Tensor:
     """Pixels in [0, 1], at least in float32, (B, C, H, W).
@@ -32,5 +34,4 @@ def pixels_of(image: Tensor, shape: tuple[int, int, int]) -> Tensor:
 
 def normalised(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """Pixels in [0, 1], (B, C, H, W), minus ``mean`` over ``std`` of each channel."""
-    shift, scale = (pixels.new_tensor(values).view(-1, 1, 1) for values in (mean, std))
-    return (pixels - shift) / scale
+    return (pixels - of_channels(mean, pixels)) / of_channels(std, pixels)

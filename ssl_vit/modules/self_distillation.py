@@ -37,15 +37,16 @@ class Centre(nn.Module):
     def reset(self) -> None:
         """Forget what was added since the last step."""
         # not a buffer: DDP would send the main process's part to all others
-        self._sum, self._count = torch.zeros(()), 0
+        self._sum: Tensor | None = None
+        self._count = 0
 
     def add(self, total: Tensor, count: int) -> None:
         """Note the sum (K,) of ``count`` logits of one micro-batch; every process adds as many."""
-        self._sum, self._count = self._sum.to(total) + total, self._count + count
+        self._sum, self._count = total if self._sum is None else self._sum + total, self._count + count
 
     def step(self, applied: Tensor) -> None:
         """Move to what was added; ``applied`` (): 0 leaves the centre as it is."""
-        if self._count:
+        if self._sum is not None:
             mean = all_sum(self._sum) / (self._count * world_size())
             moved = self.value * self.momentum + mean * (1 - self.momentum)
             self.value.copy_(torch.where(applied > 0, moved, self.value))

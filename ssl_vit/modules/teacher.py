@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssl_vit.config import Section
+from ssl_vit.data.collating import of_channels
 from ssl_vit.encoders.classifiers import load_classifier
 from ssl_vit.modules.target_cache import state_hash
 
@@ -72,8 +73,7 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, image: Tensor) -> Tensor:
         """Logits (B, num_classes) of images (B, C, H, W) normalised for the student."""
-        scale, shift = (image.new_tensor(numbers).view(-1, 1, 1) for numbers in (self.scale, self.shift))
-        image = image * scale + shift
+        image = image * of_channels(self.scale, image) + of_channels(self.shift, image)
         if tuple(image.shape[-2:]) != self.img_size:
             image = F.interpolate(image, self.img_size, mode="bicubic", antialias=True, align_corners=False)
         return self.model(image)

@@ -116,7 +116,7 @@ class Flags:
 
     def put(self, step: int, signal_number: int, skipped: torch.Tensor) -> None:
         """Share the signal that this process got and whether step ``step`` was skipped."""
-        shared = distributed.all_max(torch.stack([skipped.new_tensor(float(signal_number)), skipped]))
+        shared = self.agreed(signal_number, skipped)
         if self.device.type != "cuda":
             self._pending.append((step, shared, None))
             return
@@ -125,6 +125,10 @@ class Flags:
         event = torch.cuda.Event()
         event.record()
         self._pending.append((step, host, event))
+
+    def agreed(self, signal_number: int, skipped: torch.Tensor) -> torch.Tensor:
+        """(2,) on the device; filled there: to copy the number from the host would be to wait for the step."""
+        return distributed.all_max(torch.stack([skipped.new_full((), signal_number), skipped]))
 
     def get(self, wait: bool) -> list[tuple[int, int, bool]]:
         """(step, signal number, skipped) of each step that is known; with ``wait`` of all."""

@@ -25,7 +25,7 @@ from ssl_vit.training.plan import Plan
 from ssl_vit.training.signals import Flags, Interrupted, Preempted, StopRequest
 from ssl_vit.training.skips import Diverged, Skips
 from ssl_vit.training.strategies import Strategy
-from ssl_vit.training.supply import Supply
+from ssl_vit.training.supply import MicroBatch, Supply
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class Trainer:
 
     def _steps(self, start: int) -> None:
         plan, total = self.plan, self.plan.total_steps
-        supply = Supply(self._loader(start), plan.accumulation, ahead=1 + self.flags.delay)
+        supply = Supply(self._loader(start), plan.accumulation, 1 + self.flags.delay, self.device)
         self.strategy.wrapped.train()
         window_start, window_steps = time.perf_counter(), 0
         waited = self._fetch(supply)
@@ -129,9 +129,10 @@ class Trainer:
 
             # micro-batches: forward and backward
             losses, metrics = [], {}
-            for micro, (batch, reports) in enumerate(supply.take()):
-                batch = self._on_device(batch, reports, step)
-                with self.strategy.micro_step(last=micro == plan.accumulation - 1):
+            for number, micro in enumerate(supply.take()):
+                self._note_samples(micro, step)
+                batch = self.pixels.normalised(micro.batch)
+                with self.strategy.micro_step(last=number == plan.accumulation - 1):
                     loss, metrics = self.strategy.wrapped(batch, call="loss")
                     losses.append(loss.detach().float())
                     self.strategy.backward(self._finite_or_nan(loss, step + 1))
@@ -242,12 +243,11 @@ class Trainer:
             self.stop.no_data(supply.failure)
         return time.perf_counter() - start
 
-    def _on_device(self, batch: Batch, reports: list[BadReport], step: int) -> Batch:
-        if reports:
-            self.bad.replaced(reports, step + 1)
+    def _note_samples(self, micro: MicroBatch, step: int) -> None:
+        if micro.reports:
+            self.bad.replaced(micro.reports, step + 1)
         if self.on_samples is not None:
-            self.on_samples(step + 1, batch["index"].tolist())
-        return self.pixels.to_device(batch, self.device)
+            self.on_samples(step + 1, micro.positions.tolist())
 
     def _log(self, done: int, lr: float, tensors: dict[str, Tensor], speed: dict[str, float]) -> None:
         """Means over the processes, copied to the host at once."""
