@@ -418,6 +418,8 @@ def parse(words: list[str]) -> argparse.Namespace:
             sys.exit(f"{word}: allowed: {', '.join(f'{k}=...' for k in vars(options) if k != 'words')}")
         else:
             setattr(options, key, int(value) if isinstance(getattr(options, key), int) else value)
+    if options.rounds < 2:
+        sys.exit(f"rounds={options.rounds}: allowed: whole numbers from 2, a spread needs them")
     for key in ("sizes", "objectives", "contenders"):
         setattr(options, key, [part for part in getattr(options, key).split(",") if part])
     return options
