@@ -47,7 +47,7 @@ def parse() -> tuple[Recipe, int]:
     values = load([Path(options.config)], words)
     values["evals"] = {}
     values["optim"] |= {"epochs": f"{steps} steps", "warmup_epochs": 0}
-    values["run"] |= {"log_every": 1, "tensorboard": False}
+    values["run"] |= {"log_every": WARM, "tensorboard": False}
     return check_recipe(check(Recipe, values)), steps
 
 
@@ -74,7 +74,7 @@ def together(recipe: Recipe) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as folder:
         recipe.run.dir = f"{folder}/run"
         run(recipe)
-        lines = [line for line in read_metrics(Path(folder) / "run" / "metrics.jsonl") if "loss" in line][WARM:]
+        lines = [line for line in read_metrics(Path(folder) / "run" / "metrics.jsonl") if "loss" in line][1:]
     rate, waiting = (statistics.fmean(line[key] for line in lines) for key in ("images_per_second", "data_wait"))
     return rate, waiting
 

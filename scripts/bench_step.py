@@ -34,8 +34,8 @@ from torch import Tensor, nn
 
 from ssl_vit import build
 from ssl_vit.config import check, load
+from ssl_vit.cost import DENSE_PEAK, attention_flops, blank_batch, count
 from ssl_vit.objectives.base import Progress
-from ssl_vit.preflight.cost import _attention_flops, _blank_batch, count
 from ssl_vit.recipe import Recipe, check_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,8 +45,6 @@ SIZES = {
     "large": {"patch": 16, "width": 1024, "depth": 24, "heads": 16, "decoder": (512, 8, 16)},
     "huge": {"patch": 14, "width": 1280, "depth": 32, "heads": 16, "decoder": (512, 8, 16)},
 }
-DENSE_PEAK = {"H100": 989.4, "H200": 989.4, "A100": 312.0}
-"""bf16 TFLOP/s without sparsity, from the makers' data sheets."""
 MASK_RATIO, PIXELS = 0.75, 224
 
 
@@ -271,7 +269,7 @@ def needed_flops(size: dict[str, Any]) -> float:
     with torch.device("meta"):
         model = ours(size, False).train()
     batch = images(argparse.Namespace(batch=2, device="cpu"), size)
-    counter = FlopCounterMode(display=False, custom_mapping=_attention_flops())
+    counter = FlopCounterMode(display=False, custom_mapping=attention_flops())
     with mode:
         model.to_empty(device="cpu")
         with counter:
@@ -307,19 +305,27 @@ def ready(make: Callable[[], tuple[Contender, Any]], word: str, options: Any) ->
     words = [*word.split(" ", 1), f"batch={options.batch}", f"precision={options.precision}", *options.words]
     command = [sys.executable, __file__, *words, "alone=1", "device=cpu"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    peak, standing = (1024.0 * int(number) for number in done.stdout.split()[-2:])
-    return contender, batch, [peak, peak - standing]
+    return contender, batch, [1024.0 * int(number) for number in done.stdout.split()[-2:]]
+
+
+def check_that_nobody_waits(contender: Contender, batch: Any) -> None:
+    """A step of ours never waits for the device: torch raises where one does."""
+    if contender.options.device == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+        contender.step(batch)
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def alone(contender: Contender, batch: Any) -> None:
-    """Three steps, and the kB of this process at its peak and before them."""
+    """Three steps, and the kB of this process: at its peak, and what the steps add at theirs."""
 
-    def resident(name: str) -> str:  # not getrusage: what a process had before exec counts there
-        return re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1]  # pyright: ignore
+    def resident(name: str) -> int:  # not getrusage: what a process had before exec counts there
+        return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1])  # pyright: ignore
 
-    standing = resident("VmRSS")
+    standing, peak = resident("VmRSS"), resident("VmHWM")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: that of the imports is not the steps'
     contender.timed(batch, 3)
-    print(resident("VmHWM"), standing)
+    print(max(peak, resident("VmHWM")), resident("VmHWM") - standing)
 
 
 def bench_mae(size_name: str, options: Any, rate: float) -> list[dict[str, Any]]:
@@ -336,10 +342,8 @@ def bench_mae(size_name: str, options: Any, rate: float) -> list[dict[str, Any]]
     for name in chosen:
         word = f"sizes={size_name} only={name}"
         running[name], _, memory[name] = ready(lambda n=name: (Contender(*found[n], options), batch), word, options)
-    if options.device == "cuda" and "ours" in running:
-        torch.cuda.set_sync_debug_mode("error")  # a step of ours never waits for the device
-        running["ours"].step(batch)
-        torch.cuda.set_sync_debug_mode("default")
+    if "ours" in running:
+        check_that_nobody_waits(running["ours"], batch)
     times: dict[str, list[float]] = {name: [] for name in chosen}
     for _ in range(options.rounds):
         for name in chosen:
@@ -370,13 +374,14 @@ def recipe_contender(recipe: Recipe, options: Any) -> tuple[Contender, Any]:
     objective = build.build_objective(recipe)
     contender = Contender(lambda: objective, lambda m, b: m(b)[0], options)
     objective.before_step(Progress(10, 100, 0.1, 1.0, 0.1))
-    return contender, _blank_batch(objective, recipe, options.batch, options.device)
+    return contender, blank_batch(objective, recipe, options.batch, options.device)
 
 
 def bench_objective(name: str, options: Any, rate: float) -> dict[str, Any]:
     """The row of a recipe."""
     recipe = recipe_of(name, options)
     contender, batch, memory = ready(lambda: recipe_contender(recipe, options), f"objectives={name}", options)
+    check_that_nobody_waits(contender, batch)
     times = [contender.timed(batch, options.steps) for _ in range(options.rounds)]
     low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
     speed, flops = options.batch / middle, count(recipe).flops

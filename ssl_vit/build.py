@@ -16,8 +16,9 @@ from ssl_vit.config import InputError, check, load, plain
 from ssl_vit.data.bad_samples import BadSamples
 from ssl_vit.data.loader import Pixels, View
 from ssl_vit.data.order import Stream, derive_seed
-from ssl_vit.data.reading_plan import ReadingPlan, cores_of_a_process, local_ranks, view_bytes
+from ssl_vit.data.reading_plan import ReadingPlan, view_bytes
 from ssl_vit.data.views import CentreView
+from ssl_vit.data.worker_count import cores_of_a_process, local_ranks
 from ssl_vit.encoders.base import Encoder, create_encoder
 from ssl_vit.encoders.files import run_of_checkpoint
 from ssl_vit.encoders.timm_models import usual_pixels

@@ -94,7 +94,7 @@ class RunSection(Section):
         keep_every: checkpoints at multiples of this are never deleted
         keep_best: a measured number, e.g. knn/top1; the checkpoint with its highest value is saved and never deleted
         tensorboard: write RUN/tensorboard
-        compile: compile each transformer block for training; losses equal to 1e-5 in float32, one more start-up minute
+        compile: compile each transformer block for training; losses equal to 1e-5 in float32, the start takes longer
         deterministic: deterministic kernels, for bit-for-bit resume on a GPU
         log_samples: write the names of the samples of each step into RUN/samples/, one file a process
     """

@@ -14,9 +14,11 @@ from accelerate import Accelerator
 
 from ssl_vit import build, distributed, splits
 from ssl_vit.config import plain, to_yaml
+from ssl_vit.cost import peak_rate
 from ssl_vit.data.bad_samples import BadSamples
 from ssl_vit.data.loader import Pixels, TrainBatches
-from ssl_vit.data.reading_plan import ReadingPlan, worker_rate
+from ssl_vit.data.reading_plan import ReadingPlan
+from ssl_vit.data.worker_count import worker_rate
 from ssl_vit.encoders.base import Encoder
 from ssl_vit.evaluation.base import Evaluation, Subject
 from ssl_vit.html_report import write_report
@@ -118,6 +120,7 @@ def run(recipe: Recipe, resume: str = "auto") -> None:
             save_due=plan.ends(recipe.run.save_every), keep_best=recipe.run.keep_best, log_every=recipe.run.log_every,
             workers=workers, stall_timeout=recipe.run.stall_timeout, state=state,
             on_samples=sample_log(folder.path / "samples", batches, start_step) if recipe.run.log_samples else None,
+            peak_rate=peak_rate(recipe, accelerator.device) if main else None,
         )  # fmt: skip
         stop.waits = True
         trainer.fit()

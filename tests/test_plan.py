@@ -12,7 +12,8 @@ from conftest import ROOT, run_python, tiny_recipe
 from torch.profiler import ProfilerActivity, profile
 
 from ssl_vit.config import check, load
-from ssl_vit.preflight.cost import Cost, count, memory, step_counter
+from ssl_vit.cost import Cost, count, peak_rate, step_counter
+from ssl_vit.preflight.memory import memory
 from ssl_vit.preflight.table import PlanSection, make_plan
 from ssl_vit.recipe import Recipe, check_recipe
 
@@ -156,3 +157,20 @@ def test_bad_input_is_one_message(words: list[str], message: str) -> None:
     done = plan(*words)
     assert done.returncode == 2
     assert message in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("device", "name", "peak"),
+    [
+        ("cuda", "NVIDIA A100-SXM4-80GB", 312e12), ("cuda", "NVIDIA H100 80GB HBM3", 989.4e12),
+        ("cuda", "NVIDIA H100 PCIe", 756e12), ("cuda", "NVIDIA L40S", 362e12), ("cuda", "Some other GPU", None),
+        ("cpu", "", None),
+    ],
+)  # fmt: skip
+def test_the_rate_at_the_peak(
+    device: str, name: str, peak: float | None, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    recipe = check_recipe(check(Recipe, tiny_recipe(images, tmp_path / "run")))
+    found = peak_rate(recipe, torch.device(device))
+    assert found == (None if peak is None else pytest.approx(peak / count(recipe).flops))

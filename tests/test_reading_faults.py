@@ -27,16 +27,17 @@ from test_trainer import losses, start_process, train, wait_for_step
 from torch.utils.data import get_worker_info
 
 from ssl_vit.config import InputError, check, to_yaml
-from ssl_vit.data import reading_plan
+from ssl_vit.data import reading_plan, worker_count
 from ssl_vit.data.decode import BadSample
 from ssl_vit.data.index import Index
 from ssl_vit.data.loader import EvalBatches, Pixels, TrainBatches, iterate
 from ssl_vit.data.order import Order, Stream
 from ssl_vit.data.pack import pack
 from ssl_vit.data.reader import Reader
-from ssl_vit.data.reading_plan import ReadingPlan, cores_of_a_process, view_bytes, waiting_advice, worker_rate
+from ssl_vit.data.reading_plan import ReadingPlan, view_bytes
 from ssl_vit.data.sources import open_source
 from ssl_vit.data.views import CentreView, MaskedView
+from ssl_vit.data.worker_count import cores_of_a_process, waiting_advice, worker_rate
 from ssl_vit.data.workers import SLOTS, LoaderFailed
 from ssl_vit.embed import embed
 from ssl_vit.recipe import Recipe, check_recipe
@@ -61,6 +62,31 @@ def batches(index: Index, view: Any = VIEW, **changes: Any) -> TrainBatches:
     stream = Stream([Order(index.shard_sizes.tolist(), 5, 4, 8)], 5)
     settings: dict[str, Any] = {"seed": 3, "batch_size": 8, "micro_batch_size": 8, **changes}
     return TrainBatches([index], stream, view, PIXELS, **settings)
+
+
+@pytest.mark.parametrize(
+    ("free", "environment", "expected"),
+    [
+        (96, {}, 96),
+        (96, {"LOCAL_WORLD_SIZE": "8"}, 12),
+        (4, {"LOCAL_WORLD_SIZE": "8"}, 1),
+        # eight tasks of Slurm, their cores bound to them or not
+        (12, {"LOCAL_WORLD_SIZE": "8", "SLURM_NTASKS_PER_NODE": "8", "SLURM_CPUS_PER_TASK": "12"}, 12),
+        (96, {"LOCAL_WORLD_SIZE": "8", "SLURM_NTASKS_PER_NODE": "8", "SLURM_CPUS_PER_TASK": "12"}, 12),
+        # a launcher with eight processes in one task
+        (96, {"LOCAL_WORLD_SIZE": "8", "SLURM_NTASKS_PER_NODE": "1", "SLURM_CPUS_PER_TASK": "96"}, 12),
+        (96, {"LOCAL_WORLD_SIZE": "8", "SLURM_CPUS_PER_TASK": "96"}, 12),
+    ],
+)
+def test_the_cores_of_a_process(
+    free: int, environment: dict[str, str], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE", "SLURM_CPUS_PER_TASK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(worker_count, "cores", lambda: free)
+    assert cores_of_a_process() == expected
 
 
 class Napping:

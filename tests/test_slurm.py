@@ -44,12 +44,14 @@ def rank_environment(tmp_path: Path) -> dict[str, str]:
     return dict(line.split("=", 1) for line in (tmp_path / "env").read_text().splitlines() if "=" in line)
 
 
-def test_the_dry_run_prints_the_launch_line(tmp_path: Path) -> None:
-    done = slurm(tmp_path, "pipelines/pretrain_mae.py", "run.dir=/shared/my runs", DRY_RUN="1")
+@pytest.mark.parametrize(("cores", "said"), [("12", " --cpus-per-task=12"), ("", "")])
+def test_the_dry_run_prints_the_launch_line(tmp_path: Path, cores: str, said: str) -> None:
+    words = ("pipelines/pretrain_mae.py", "run.dir=/shared/my runs")
+    done = slurm(tmp_path, *words, DRY_RUN="1", SLURM_CPUS_PER_TASK=cores)
     assert done.returncode == 0, done.stderr
     first, line = done.stdout.splitlines()
     assert first == "MASTER_ADDR=node7 MASTER_PORT=20123 WORLD_SIZE=16 STRATEGY=ddp"
-    assert line.startswith("srun --nodes=2 --ntasks=16 --kill-on-bad-exit=1 bash -c ")
+    assert line.startswith(f"srun --nodes=2 --ntasks=16{said} --kill-on-bad-exit=1 bash -c ")
     assert line.rstrip().endswith("rank pipelines/pretrain_mae.py run.dir=/shared/my\\ runs")
     assert not (tmp_path / "srun").exists()
 

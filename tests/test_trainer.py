@@ -185,6 +185,14 @@ def test_a_run_that_died_before_its_first_step_has_one_start(images: Path, tmp_p
     assert [v["step"] for v in read_metrics(folder / "metrics.jsonl") if "rank/effective_rank" in v] == [0, 4]
 
 
+def test_mfu_is_logged_where_the_peak_is_known(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert all("mfu" not in line for line in read_metrics(train(tiny_recipe(images, tmp_path / "a")) / "metrics.jsonl"))
+    monkeypatch.setattr("ssl_vit.run.peak_rate", lambda recipe, device: 1000.0)
+    lines = [v for v in read_metrics(train(tiny_recipe(images, tmp_path / "b")) / "metrics.jsonl") if "loss" in v]
+    assert lines
+    assert all(line["mfu"] == pytest.approx(line["images_per_second"] / 1000) for line in lines)
+
+
 def test_a_half_checkpoint_is_not_one(images: Path, tmp_path: Path) -> None:
     folder = train(tiny_recipe(images, tmp_path / "run", optim__epochs="8 steps"))
     (folder / "checkpoints" / "step_00000008" / "manifest.json").unlink()

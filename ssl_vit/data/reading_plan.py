@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import math
-import os
-import random
 import shutil
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ssl_vit.config import InputError
 from ssl_vit.data.ahead import coming
 from ssl_vit.data.index import Index
-from ssl_vit.data.loader import TrainBatches
 from ssl_vit.data.order import Stream
-from ssl_vit.data.processes import cores
 from ssl_vit.data.shard_cache import RemoteShard, ShardCache
+from ssl_vit.data.worker_count import cores_of_a_process
 from ssl_vit.data.workers import SLOTS
 
 SHARED_MEMORY = Path("/dev/shm")
 KEPT_FREE = 0.1
 """Share of the free disk that a cache leaves to checkpoints."""
-TRIED, TRIAL = 256, 0.3
-"""Samples and seconds, whichever ends first, that measure how fast a worker is."""
 
 
 @dataclass(frozen=True)
@@ -180,65 +173,6 @@ def view_bytes(view: Callable[[dict[str, Any]], dict[str, Tensor]], in_chans: in
     with torch.random.fork_rng(devices=[]):
         tensors = view({"image": torch.zeros(in_chans, 64, 64, dtype=torch.uint8), "label": 0})
     return sum(tensor.nbytes for tensor in tensors.values())
-
-
-def worker_rate(batches: TrainBatches, item: int) -> float | None:
-    """Images/s that one worker reads, decodes and makes views of, measured here; None: nothing could be.
-
-    Args:
-        batches: of this process.
-        item: the micro-batch to try, which the run will read next.
-    """
-    if any(index.remote(0) for index in batches.indexes):
-        return None  # what a server gives now and to one reader says little, and shards would be read here first
-    states, threads = (random.getstate(), np.random.get_state(), torch.get_rng_state()), torch.get_num_threads()
-    torch.set_num_threads(1)  # as in a worker
-    try:
-        batches.view_at(batches.positions(item)[0], [])  # opens files and libraries
-        start, done = time.perf_counter(), 0
-        for position in batches.positions(item)[:TRIED]:
-            batches.view_at(position, [])
-            done += 1
-            if time.perf_counter() - start > TRIAL:
-                break
-        return done / (time.perf_counter() - start)
-    except (InputError, OSError):  # said when the run comes to it, with what helps
-        return None
-    finally:
-        torch.set_num_threads(threads)
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-
-
-def waiting_advice(share: float, workers: int, images_per_second: float, cores: int) -> str:
-    """What lets the loader keep up with steps that wait for it.
-
-    Args:
-        share: of the time that the steps wait.
-        workers: loader processes of this process.
-        images_per_second: of this process.
-        cores: that this process has for its workers.
-    """
-    working = 1 - min(share, 0.99)
-    needed = math.ceil(max(workers, 1) / working)
-    text = (
-        f"steps wait for images {share:.0%} of the time: {workers} workers give {images_per_second:.0f} images/s, the "
-        f"steps could take {images_per_second / working:.0f}; run.workers={needed} would keep up"
-    )
-    if needed > cores:
-        text += f", but there are {cores} cores: pack smaller images (pipelines/pack.py resize=384), or use more cores"
-    return text
-
-
-def local_ranks() -> int:
-    """Processes of a run on this machine, as launchers say."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def cores_of_a_process() -> int:
-    """Cores for the workers of each of the processes on this machine."""
-    return max(1, cores() // local_ranks())
 
 
 def _gb(size: float) -> str:

@@ -55,7 +55,7 @@ def check_scheme(url: str) -> None:
     if scheme not in LIBRARIES:
         raise InputError(f"{url}: unknown kind of URL{nearest(scheme, LIBRARIES)}; allowed: {', '.join(LIBRARIES)}")
     if importlib.util.find_spec(LIBRARIES[scheme]) is None:
-        raise InputError(f"{url}: needs {LIBRARIES[scheme]}; cure: pip install 'ssl_vit[cloud]'")
+        raise InputError(f"{url}: needs {LIBRARIES[scheme]}; cure: bash scripts/setup.sh cloud")
 
 
 def size(url: str) -> int | None:

@@ -224,7 +224,7 @@ class ViT(Encoder):
             return resized_positions(table, self.grid_size, grid)
         if grid not in self._tables:
             self._tables[grid] = sincos2d_table(grid, self.embed_dim)
-        self._tables[grid] = self._tables[grid].to(table.device, non_blocking=True)
+        self._tables[grid] = self._tables[grid].to(table.device, non_blocking=table.device.type == "cuda")
         return self._tables[grid].to(table.dtype)
 
     def _encode(self, patches: Tensor) -> Tokens:

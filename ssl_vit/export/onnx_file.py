@@ -52,7 +52,7 @@ def export_onnx(
         import onnxruntime  # noqa: F401  # pyright: ignore[reportUnusedImport]
         import onnxscript  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError as error:
-        raise InputError(f"format=onnx: needs {error.name}: pip install 'ssl_vit[onnx]'") from None
+        raise InputError(f"format=onnx: needs {error.name}: bash scripts/setup.sh onnx") from None
     whole_state(encoder.model)  # refuses what is not whole
     cases = encoder_cases(encoder)
     model = _Outputs(copy.deepcopy(encoder.model).cpu().float().eval())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ssl_vit.cli import Arguments, find_recipe, help_text, refuse
 from ssl_vit.config import InputError, check, help_lines, load, to_yaml
-from ssl_vit.preflight.cost import measured
+from ssl_vit.preflight.memory import measured
 from ssl_vit.preflight.table import PlanSection, make_plan, show
 from ssl_vit.recipe import Recipe, check_recipe
 

@@ -72,7 +72,7 @@ class Launch:
         for library in ("deepspeed", "transformers"):
             if find_spec(library) is None:
                 raise InputError(
-                    f"DeepSpeed was asked for, but {library} is not installed; cure: pip install 'ssl_vit[deepspeed]'"
+                    f"DeepSpeed was asked for, but {library} is not installed; cure: bash scripts/setup.sh deepspeed"
                 )
         try:
             import deepspeed  # noqa: F401

@@ -142,6 +142,16 @@ def build_optimizer(objective: nn.Module, optim: OptimSection) -> torch.optim.Op
     return torch.optim.AdamW(groups, lr=absolute_lr(optim), betas=optim.betas, eps=optim.eps, fused=True)
 
 
+def begin_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Zeros as SGD's first momentum, which the first step makes its gradient.
+
+    torch's fused SGD would take memory as it comes, and keep it where the first step is skipped.
+    """
+    if isinstance(optimizer, torch.optim.SGD):
+        for parameter in (p for group in optimizer.param_groups if group["momentum"] for p in group["params"]):
+            optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+
+
 def set_schedule(groups: list[dict[str, Any]], optim: OptimSection, lr: float, fraction: float) -> None:
     """Give the optimizer's groups the learning rate and weight decay of a step.
 

@@ -122,7 +122,7 @@ class Flags:
             return
         host = torch.empty(2, pin_memory=True)
         host.copy_(shared, non_blocking=True)
-        event = torch.cuda.Event()
+        event = torch.cuda.Event(blocking=True)  # waiting for it leaves its core to a loader process
         event.record()
         self._pending.append((step, host, event))
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ssl_vit import distributed
 from ssl_vit.objectives.base import Objective
-from ssl_vit.training.optim import OptimSection, build_optimizer, clip_gradients
+from ssl_vit.training.optim import OptimSection, begin_momentum, build_optimizer, clip_gradients
 
 OptimizerState = dict[str, dict[str, Tensor]]
 """Parameter name -> name in the optimizer (``exp_avg``, ``step`` ...) -> tensor, whole and on the CPU."""
@@ -44,6 +44,7 @@ class Strategy:
     def _prepare(self) -> None:
         self.wrapped: Any = self.accelerator.prepare(self.objective)
         self.optimizer = build_optimizer(self.objective, self.optim)
+        begin_momentum(self.optimizer)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -96,6 +97,7 @@ class Strategy:
         for name, values in optimizer.items():
             parameter = self.named[name]
             self.optimizer.state[parameter] = {key: like(parameter, value) for key, value in values.items()}
+        begin_momentum(self.optimizer)
 
     def _load_weights(self, weights: dict[str, Tensor]) -> None:
         with torch.no_grad():
@@ -127,6 +129,7 @@ class FSDP2(Strategy):
         self.wrapped = fully_shard(objective, mesh=mesh)
         forward_in_precision(objective, self.accelerator)
         self.optimizer = build_optimizer(objective, self.optim)  # after sharding: the parameters are new objects
+        begin_momentum(self.optimizer)
 
     @contextlib.contextmanager
     def micro_step(self, last: bool) -> Iterator[None]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator
-from typing import NamedTuple
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,9 +52,33 @@ class Supply:
         self._loader, self._waiting = loader, deque[tuple[Batch, list[BadReport]]]()
         self._next: MicroBatch | None = None
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._waits: list[tuple[Any, Any]] = []
 
     def fetch(self) -> None:
         """Fetch what is missing; ``failure`` says why that cannot be done."""
+        start = self._mark()
+        self._fill()
+        self._waits.append((start, self._mark()))
+
+    def waited(self) -> float:
+        """Seconds that steps waited for batches since this was asked last.
+
+        On a GPU those in which it had nothing to do, once it has done all that was asked: the host, which is ahead, may
+        wait while the GPU works.
+        """
+        waits, self._waits = self._waits, []
+        if self._copies is None:
+            return sum(end - start for start, end in waits)
+        return sum(start.elapsed_time(end) for start, end in waits) / 1000
+
+    def _mark(self) -> Any:
+        if self._copies is None:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _fill(self) -> None:
         while len(self._waiting) + (self._next is not None) < self.ahead * self.accumulation and not self.failure:
             try:
                 found = next(self._loader, None)
@@ -78,6 +104,6 @@ class Supply:
     def _copied(self) -> MicroBatch:
         """The next one that waits, its copy under way."""
         batch, reports = self._waiting.popleft()
-        with torch.cuda.stream(self._copies):
+        with torch.cuda.stream(self._copies) if self._copies is not None else nullcontext():
             moved = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
         return MicroBatch(moved, batch["index"], reports)

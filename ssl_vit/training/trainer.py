@@ -15,8 +15,8 @@ from ssl_vit import distributed
 from ssl_vit.data.bad_samples import BadReport, BadSamples
 from ssl_vit.data.loader import STEP_SEED, Batch, Pixels, TrainBatches, iterate
 from ssl_vit.data.order import derive_seed
-from ssl_vit.data.reading_plan import cores_of_a_process, waiting_advice
 from ssl_vit.data.views import seed_generators
+from ssl_vit.data.worker_count import cores_of_a_process, waiting_advice
 from ssl_vit.data.workers import STALL
 from ssl_vit.training.checkpoint import Checkpoints
 from ssl_vit.training.metrics import MetricsLog, truncate_metrics
@@ -59,6 +59,7 @@ class Trainer:
         workers: loader processes.
         stall_timeout: seconds without a batch after which the run saves and stops.
         on_samples: called with each step and the positions that this process trains on.
+        peak_rate: images/s at which each device would compute at its peak, for ``mfu``; None: it is not logged.
         state: saved with each checkpoint.
     """
 
@@ -81,6 +82,7 @@ class Trainer:
     workers: int = 2
     stall_timeout: float = STALL
     on_samples: Callable[[int, list[int]], None] | None = None
+    peak_rate: float | None = None
     state: dict[str, Any] = field(default_factory=dict)
 
     def fit(self) -> None:
@@ -113,7 +115,7 @@ class Trainer:
         supply = Supply(self._loader(start), plan.accumulation, 1 + self.flags.delay, self.device)
         self.strategy.wrapped.train()
         window_start, window_steps = time.perf_counter(), 0
-        waited = self._fetch(supply)
+        self._fetch(supply)
         self.flags.put(start, self.stop.number, torch.zeros((), device=self.device))
         if self._stop_asked(wait=True):
             self._preempt(start)
@@ -143,21 +145,23 @@ class Trainer:
 
             # log
             done, window_steps = step + 1, window_steps + 1
-            waited += self._fetch(supply)
+            self._fetch(supply)
             self.flags.put(done, self.stop.number, skipped)
             if done % self.log_every == 0 or done == total:
-                elapsed = time.perf_counter() - window_start
                 values = {"loss": torch.stack(losses).mean(), **metrics, "grad_norm": grad_norm}
+                means = mean_values(values)  # waits for the device: only then the time is that of the steps
+                now = time.perf_counter()
                 speed = {
-                    "images_per_second": window_steps * plan.optim.batch_size / elapsed,
-                    "data_wait": waited / elapsed,
+                    "images_per_second": window_steps * plan.optim.batch_size / (now - window_start),
+                    "data_wait": supply.waited() / (now - window_start),
                 }
-                self._log(done, lr, values, speed)
-                window_start, waited, window_steps = time.perf_counter(), 0.0, 0
+                self._log(done, lr, means, speed)
+                window_start, window_steps = now, 0
 
             # evaluate, save, stop
+            asked = self._stop_asked(wait=self.save_due(done) or done == total)
             pause = time.perf_counter()
-            if self._stop_asked(wait=self.save_due(done) or done == total) and done < total:
+            if asked and done < total:
                 self._preempt(done)
             self._evaluate(done)
             if self.save_due(done) or done == total or self.best_step == done:
@@ -235,13 +239,11 @@ class Trainer:
         items = range(start * accumulation, self.plan.total_steps * accumulation)
         return iterate(self.batches, items, self.workers, self.device.type == "cuda", self.stall_timeout)
 
-    def _fetch(self, supply: Supply) -> float:
-        """Fetch the next batches, or ask all processes to stop; the seconds it took."""
-        start = time.perf_counter()
+    def _fetch(self, supply: Supply) -> None:
+        """Fetch the next batches, or ask all processes to stop."""
         supply.fetch()
         if supply.failure:
             self.stop.no_data(supply.failure)
-        return time.perf_counter() - start
 
     def _note_samples(self, micro: MicroBatch, step: int) -> None:
         if micro.reports:
@@ -249,12 +251,11 @@ class Trainer:
         if self.on_samples is not None:
             self.on_samples(step + 1, micro.positions.tolist())
 
-    def _log(self, done: int, lr: float, tensors: dict[str, Tensor], speed: dict[str, float]) -> None:
-        """Means over the processes, copied to the host at once."""
-        stacked = torch.stack([value.detach().float() for value in tensors.values()])
-        means = (distributed.all_sum(stacked) / distributed.world_size()).tolist()
-        line = {"step": done, "epoch": done / self.plan.steps_per_epoch, **dict(zip(tensors, means, strict=True))}
+    def _log(self, done: int, lr: float, means: dict[str, float], speed: dict[str, float]) -> None:
+        line = {"step": done, "epoch": done / self.plan.steps_per_epoch, **means}
         line |= {"lr": lr, **speed, "samples_seen": done * self.plan.optim.batch_size}
+        if self.peak_rate:
+            line["mfu"] = line["images_per_second"] / distributed.world_size() / self.peak_rate
         if self.device.type == "cuda":
             line["memory"] = torch.cuda.max_memory_allocated(self.device)
         if self.skips.steps:
@@ -287,3 +288,10 @@ class Trainer:
             self.saved = step
         elif step == self.plan.total_steps:
             raise OSError(f"the checkpoint of the last step could not be written into {self.checkpoints.folder}")
+
+
+def mean_values(tensors: dict[str, Tensor]) -> dict[str, float]:
+    """Means of scalars over the processes, copied to the host at once."""
+    stacked = torch.stack([value.detach().float() for value in tensors.values()])
+    means = (distributed.all_sum(stacked) / distributed.world_size()).tolist()
+    return dict(zip(tensors, means, strict=True))

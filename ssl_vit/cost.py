@@ -1,18 +1,27 @@
-"""Parameters, FLOPs and memory of an objective, counted with tensors that have shapes but no memory."""
+"""Parameters, FLOPs and activations of an objective, counted with tensors that have shapes but no memory."""
 
 from __future__ import annotations
 
 import copy
-import time
+import logging
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ssl_vit.config import InputError
 from ssl_vit.recipe import Recipe
 
-GB = 1e9
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+DENSE_PEAK = {
+    "B200": 2250.0, "H200": 989.4, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.4, "A100": 312.0, "L40S": 362.0,
+    "L4": 121.0,
+}  # fmt: skip
+"""bf16 TFLOP/s without sparsity, from the makers' data sheets, by a part of the device's name; the first that fits."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,21 @@ def count(recipe: Recipe) -> Cost:
     )
 
 
+def peak_rate(recipe: Recipe, device: torch.device) -> float | None:
+    """Images/s at which a GPU would compute at its dense bf16 peak; None: no GPU, or one that is not in the table."""
+    import torch
+
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    peak = next((value for key, value in DENSE_PEAK.items() if re.search(rf"\b{key}\b", name)), None)
+    if peak is None:
+        logger.info("the peak of %s is not known here: mfu is not logged", name)
+        return None
+    _, run = _fake(recipe)
+    return peak * 1e12 / (run(2)[0] / 2)
+
+
 def _line(two: float, four: float) -> tuple[float, float]:
     """(fixed, per image) from the bytes at two batch sizes."""
     slope = (four - two) / 2
@@ -111,14 +135,14 @@ def step_counter(recipe: Recipe, mode: Any = None) -> tuple[Any, Callable[[int],
         block.register_forward_pre_hook(lambda module, inputs: (keep(inputs[0]), None)[1])
 
     def run(batch_size: int) -> tuple[float, float]:
-        batch = _blank_batch(objective, recipe, batch_size, "cpu")
+        batch = blank_batch(objective, recipe, batch_size, "cpu")
         if mode is not None:
             batch = {key: mode.from_tensor(value) for key, value in batch.items()}
         kept.clear()
         own.clear()
         own.update(t.untyped_storage()._cdata for t in (*objective.parameters(), *objective.buffers()))
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=recipe.mixed_precision == "bf16")
-        counter = FlopCounterMode(display=False, custom_mapping=_attention_flops())
+        counter = FlopCounterMode(display=False, custom_mapping=attention_flops())
         with mode or nullcontext(), counter:
             # not the first step, in which a codebook looks at values
             objective.before_step(Progress(1, 100, 0.01, 1.0, 0.01))
@@ -131,7 +155,7 @@ def step_counter(recipe: Recipe, mode: Any = None) -> tuple[Any, Callable[[int],
     return objective, run
 
 
-def _blank_batch(objective: Any, recipe: Recipe, batch_size: int, device: str) -> dict[str, Any]:
+def blank_batch(objective: Any, recipe: Recipe, batch_size: int, device: str) -> dict[str, Any]:
     """The objective's own views of a black image, as the loader would give them."""
     import torch
 
@@ -145,7 +169,7 @@ def _blank_batch(objective: Any, recipe: Recipe, batch_size: int, device: str) -
     return pixels.to_device(batch, torch.device(device))
 
 
-def _attention_flops() -> dict[Any, Callable[..., int]]:
+def attention_flops() -> dict[Any, Callable[..., int]]:
     """The CPU's fused attention, which torch's counter does not know; backward is twice forward, as for GEMMs."""
     import torch
     from torch.utils.flop_counter import sdpa_flop_count
@@ -161,77 +185,3 @@ def _attention_flops() -> dict[Any, Callable[..., int]]:
         ops._scaled_dot_product_flash_attention_for_cpu: forward,
         ops._scaled_dot_product_flash_attention_for_cpu_backward: backward,
     }
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on one device, without activations.
-
-    Args:
-        weights: parameters, with what is gathered for a block.
-        gradients: with buffers of their exchange.
-        optimizer: moments, and DeepSpeed's own copy of the weights.
-    """
-
-    weights: float
-    gradients: float
-    optimizer: float
-
-    @property
-    def fixed(self) -> float:
-        """All of it."""
-        return self.weights + self.gradients + self.optimizer
-
-
-def memory(cost: Cost, gpus: int, moments: int) -> dict[str, Memory]:
-    """Of each strategy; everything is float32, whatever autocast computes in.
-
-    Args:
-        cost: of the objective.
-        gpus: devices.
-        moments: numbers an optimizer keeps for each trainable parameter.
-    """
-    weights, gradients, state = 4.0 * cost.total, 4.0 * cost.trainable, 4.0 * moments * cost.trainable
-    outside, block = cost.gathered
-    bucket = 2 * 4 * 50e6  # configs/deepspeed: two of 50 million numbers
-    if gpus == 1:
-        return {"one GPU": Memory(weights, gradients, state)}
-    return {
-        "DDP": Memory(weights, 2 * gradients, state),  # the buckets of the exchange are a second copy
-        "ZeRO-1": Memory(weights, gradients + bucket, (state + gradients) / gpus),
-        "ZeRO-2": Memory(weights, gradients / gpus + bucket, (state + gradients) / gpus),
-        "ZeRO-3": Memory(weights / gpus + 4.0 * (outside + 2 * block), gradients / gpus + bucket, state / gpus),
-        "FSDP2": Memory(weights / gpus + 4.0 * (outside + 2 * block), gradients / gpus + 4.0 * block, state / gpus),
-    }
-
-
-def measured(recipe: Recipe, micro: int) -> str:
-    """A few steps on this machine's GPU, beside the plan's numbers.
-
-    Raises:
-        InputError: there is none.
-    """
-    import torch
-
-    if not torch.cuda.is_available():
-        raise InputError("measure=true: this machine has no CUDA GPU; leave it out for the calculated plan")
-    from ssl_vit import build
-    from ssl_vit.training.optim import build_optimizer
-
-    objective = build.build_objective(recipe).cuda().train()
-    optimizer = build_optimizer(objective, recipe.optim)
-    batch = _blank_batch(objective, recipe, micro, "cuda")
-    torch.cuda.reset_peak_memory_stats()
-    for step in range(13):
-        if step == 3:
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-        with torch.autocast("cuda", torch.bfloat16, enabled=recipe.mixed_precision == "bf16"):
-            loss, _ = objective(batch, call="loss")
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    torch.cuda.synchronize()
-    speed = 10 * micro / (time.perf_counter() - start)  # pyright: ignore[reportPossiblyUnboundVariable]
-    peak = torch.cuda.max_memory_allocated() / GB
-    return f"measured on one {torch.cuda.get_device_name()}: {speed:.0f} images/s, peak {peak:.2f} GB"
