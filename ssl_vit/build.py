@@ -188,7 +188,7 @@ def reading_plan(
         sets.train, stream, recipe.optim.batch_size, plan.micro_batch_size, plan.num_ranks, local_ranks(), workers,
         view_bytes(view, pixels.in_chans), [part.index for part in evaluated],
         max((len(part.samples) for part in evaluated), default=0), recipe.run.eval_batch_size,
-        view_bytes(centre, pixels.in_chans),
+        view_bytes(centre, pixels.in_chans), torch.cuda.is_available(),
     )  # fmt: skip
 
 

@@ -312,6 +312,8 @@ def test_shared_memory_is_looked_at_before_the_start(four: Path, monkeypatch: py
     assert found.view_bytes == sum(tensor.nbytes for tensor in batch.values()) / 8 - batch["index"].element_size()
     assert found.shared_memory == 2 * 3 * SLOTS * 16 * found.view_bytes
     assert found.memory == found.shared_memory + 2 * 2 * 16 * found.view_bytes, "and the two steps that may begin"
+    copied = plan(open_source(str(four)), pinned=True)
+    assert copied.memory == found.memory + found.shared_memory, "and what waits in pinned memory"
     evaluated = plan(open_source(str(four)), eval_images=41, eval_batch_size=1, eval_view_bytes=1000)
     assert evaluated.shared_memory == found.shared_memory + 2 * 3 * SLOTS * 1000
     few = plan(open_source(str(four)), eval_images=41, eval_batch_size=8, eval_view_bytes=1000)

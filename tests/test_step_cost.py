@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY_ENCODER
-from test_objectives import NAMES, build
+from test_objectives import NAMES, build, recipe_of
+from test_trainer import train
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,9 +21,11 @@ from ssl_vit.data.loader import Pixels
 from ssl_vit.encoders.base import create_encoder
 from ssl_vit.objectives.base import Objective, Progress
 from ssl_vit.objectives.mae import MAE
+from ssl_vit.training import trainer
 from ssl_vit.training.optim import OptimSection
 from ssl_vit.training.signals import Flags
 from ssl_vit.training.strategies import Strategy
+from ssl_vit.training.supply import MicroBatch
 from ssl_vit.training.trainer import Trainer
 
 
@@ -72,12 +75,12 @@ def step_without_values(objective: Objective, batch: dict[str, Tensor], device: 
     batch = {name: mode.from_tensor(tensor) for name, tensor in batch.items()}
     accelerator: Any = SimpleNamespace(device=device, prepare=lambda module: module)
     strategy = Strategy(accelerator, objective, OptimSection(clip_grad=1.0), accumulation=1)
-    trainer: Any = SimpleNamespace(skips=SimpleNamespace(barred={2}))
+    training: Any = SimpleNamespace(skips=SimpleNamespace(barred={2}))
     pixels = Pixels((0.5,) * 3, (0.5,) * 3)
     with mode, Transfers() as transfers:
         objective.before_step(Progress(1, 10, 0.1, 1.0, 0.1))
         loss, _ = objective(pixels.to_device(batch, device))
-        loss = Trainer._finite_or_nan(trainer, loss, 1)
+        loss = Trainer._finite_or_nan(training, loss, 1)
         if device.type == "cpu":
             strategy.backward(loss)
         else:
@@ -97,6 +100,31 @@ GPU = torch.device("cuda")
 def test_a_step_waits_for_no_value(name: str, device: torch.device, images: Path, tmp_path: Path) -> None:
     objective, batch = build(name, images, tmp_path)
     assert step_without_values(objective.train(), batch, device) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_training_waits_for_the_gpu_at_its_log_line_only(
+    name: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch raises where anything else does; the first steps make the optimizer's state and start codebooks."""
+    note, mean_values = Trainer._note_samples, trainer.mean_values
+
+    def noted(self: Trainer, micro: MicroBatch, step: int) -> None:
+        torch.cuda.set_sync_debug_mode("error" if step > 2 else "default")
+        note(self, micro, step)
+
+    def means(values: dict[str, Tensor]) -> dict[str, float]:
+        torch.cuda.set_sync_debug_mode("default")
+        return mean_values(values)
+
+    monkeypatch.setattr(Trainer, "_note_samples", noted)
+    monkeypatch.setattr(trainer, "mean_values", means)
+    values = recipe_of(name, images, tmp_path / "run")
+    values["evals"] = {}
+    values["run"] |= {"log_every": 1000, "save_every": "100 steps"}
+    train(values)
 
 
 @pytest.mark.parametrize("look", [lambda x: float(x), lambda x: x[x > 0], lambda x: x.nonzero()])

@@ -42,6 +42,7 @@ class ReadingPlan:
         eval_images: of their largest set.
         eval_batch_size: of a process and forward pass there.
         eval_view_bytes: of a sample there.
+        pinned: whether the batches of workers are copied into pinned memory, as for a GPU.
     """
 
     indexes: list[Index]
@@ -56,6 +57,7 @@ class ReadingPlan:
     eval_images: int = 0
     eval_batch_size: int = 1
     eval_view_bytes: int = 0
+    pinned: bool = False
 
     @property
     def batches_ahead(self) -> int:
@@ -66,7 +68,8 @@ class ReadingPlan:
     @property
     def memory(self) -> int:
         """Bytes of all micro-batches that this machine holds."""
-        return self.batches_ahead * self.micro_batch_size * self.view_bytes * self.local_ranks
+        copies = self.workers * SLOTS if self.pinned else 0
+        return (self.batches_ahead + copies) * self.micro_batch_size * self.view_bytes * self.local_ranks
 
     @property
     def shared_memory(self) -> int:

@@ -22,7 +22,8 @@ class MixSection(Section):
         cutmix: alpha of CutMix's beta distribution; 0: no CutMix
         prob: share of the batches (or pairs, or images) that are mixed
         switch_prob: share of the mixed that get CutMix, where both are on
-        mode: what draws a mixture of its own: a micro-batch, a pair of images, or each image (elem)
+        mode: what draws a mixture of its own: a micro-batch, or a pair of images, or each image (elem), which make a
+            GPU wait for the host in each step
     """
 
     mixup: float = Field(default=0.0, ge=0)

@@ -30,8 +30,9 @@ class TargetCache:
     """Targets of ``count`` recurring views, one record each in one file that all processes of a machine share.
 
     A run fills it as it comes past, so the first ``data.fixed_passes`` passes cost what they cost without it. The file
-    is sparse until then. Its folder is named by a hash of all that the targets depend on, so another teacher, view,
-    seed or data set begins another file; ``key.json`` in it says which.
+    is sparse until then. A look into it waits for the GPU, which is little beside a teacher's forward pass. Its folder
+    is named by a hash of all that the targets depend on, so another teacher, view, seed or data set begins another
+    file; ``key.json`` in it says which.
 
     Args:
         folder: of all caches.
