@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,7 +24,7 @@ import torch
 from bench_step import Contender
 
 from ssl_vit import build, splits
-from ssl_vit.config import check, load
+from ssl_vit.config import InputError, check, load
 from ssl_vit.data.loader import Batch, TrainBatches, iterate
 from ssl_vit.objectives.base import Objective, Progress
 from ssl_vit.recipe import Recipe, check_recipe
@@ -105,4 +106,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")

@@ -31,9 +31,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from ssl_vit import build
-from ssl_vit.config import check, load
+from ssl_vit.config import InputError, check, load
 from ssl_vit.cost import DENSE_PEAK, attention_flops, blank_batch, count
 from ssl_vit.objectives.base import Progress
 from ssl_vit.recipe import Recipe, check_recipe
@@ -280,8 +281,8 @@ def needed_flops(size: dict[str, Any]) -> float:
 def ready(make: Callable[[], tuple[Contender, Any]], word: str, options: Any) -> tuple[Contender, Any, list[float]]:
     """A contender after its first steps, its batch, and two numbers of bytes.
 
-    The first is its peak memory, the second how much of that is the steps: what comes on top of the model that stands
-    there. On CUDA what the allocator gave out, else the resident memory of a process that does only this.
+    The first is its peak memory: on CUDA what the allocator gave out, else the resident memory of a process that does
+    only this, libraries included. The second is what torch gives out for the steps, on top of the model.
 
     Args:
         make: gives contender and batch.
@@ -305,7 +306,7 @@ def ready(make: Callable[[], tuple[Contender, Any]], word: str, options: Any) ->
     words = [*word.split(" ", 1), f"batch={options.batch}", f"precision={options.precision}", *options.words]
     command = [sys.executable, __file__, *words, "alone=1", "device=cpu"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return contender, batch, [1024.0 * int(number) for number in done.stdout.split()[-2:]]
+    return contender, batch, [float(number) for number in done.stdout.split()[-2:]]
 
 
 def check_that_nobody_waits(contender: Contender, batch: Any) -> None:
@@ -317,15 +318,17 @@ def check_that_nobody_waits(contender: Contender, batch: Any) -> None:
 
 
 def alone(contender: Contender, batch: Any) -> None:
-    """Three steps, and the kB of this process: at its peak, and what the steps add at theirs."""
-
-    def resident(name: str) -> int:  # not getrusage: what a process had before exec counts there
-        return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1])  # pyright: ignore
-
-    standing, peak = resident("VmRSS"), resident("VmHWM")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: that of the imports is not the steps'
+    """Three steps: the bytes of this process at its peak, and those that torch gives out in a step at its peak."""
     contender.timed(batch, 3)
-    print(max(peak, resident("VmHWM")), resident("VmHWM") - standing)
+    # not getrusage: what a process had before exec counts there
+    resident: Any = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        contender.step(batch)
+    held, most = 0, 0
+    for event in seen.profiler.kineto_results.events():  # pyright: ignore[reportOptionalMemberAccess]
+        held += event.nbytes() if event.name() == "[memory]" else 0
+        most = max(most, held)
+    print(1024 * int(resident[1]), most)
 
 
 def bench_mae(size_name: str, options: Any, rate: float) -> list[dict[str, Any]]:
@@ -403,8 +406,8 @@ def show(rows: list[dict[str, Any]]) -> str:
         relative = f"{row['relative']:.2f}" if "relative" in row else ""
         lines.append(
             f"| {row['size']} | {row['model']} | {row['batch']} | {row['ms']:.1f} ({low:.1f} to {high:.1f}) | "
-            f"{row['images_per_second']:.0f} | {row['peak_gb']:.2f} | {row['steps_gb']:.2f} | {row['mfu']:.1%} | "
-            f"{relative} |"
+            f"{row['images_per_second']:{'.0f' if row['images_per_second'] >= 100 else '.3g'}} | "
+            f"{row['peak_gb']:.2f} | {row['steps_gb']:.2f} | {row['mfu']:.1%} | {relative} |"
         )
     return "\n".join(lines)
 
@@ -460,4 +463,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")

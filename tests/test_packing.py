@@ -37,8 +37,8 @@ from ssl_vit.data.index import build_index, read_index
 from ssl_vit.data.loader import Pixels, TrainBatches
 from ssl_vit.data.mixing import ENOUGH, mixing
 from ssl_vit.data.order import Order, Stream
-from ssl_vit.data.pack import pack
-from ssl_vit.data.processes import spread
+from ssl_vit.data.pack import PackOptions, pack
+from ssl_vit.data.processes import cores, spread
 from ssl_vit.data.reader import Reader
 from ssl_vit.data.sources import open_source
 from ssl_vit.data.tars import ShardWriter, member_name
@@ -583,3 +583,16 @@ def test_the_documented_commands(tree: Path, tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "data").iterdir()} == {
         "images", "shards", ".corpus.packing", "shards384", "shards512", "mixed",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ({}, cores()),
+        ({"verify": False}, 1),
+        ({"verify": False, "resize": 64}, cores()),
+        ({"verify": False, "workers": 3}, 3),
+    ],
+)
+def test_processes_where_there_is_something_to_decode(words: dict[str, Any], expected: int) -> None:
+    assert PackOptions.model_validate(words).processes == expected

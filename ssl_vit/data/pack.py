@@ -47,7 +47,9 @@ class PackOptions(Section):
     max_pixels: int = Field(MAX_PIXELS, ge=1, description="refuse larger images; to be that of data.max_pixels")
     overwrite: bool = Field(False, description="replace a folder of shards that stands at OUT")
     part: str = Field("1/1", description="i/n: pack only the i-th of n parts of the source; the last to end joins them")
-    workers: int = Field(default_factory=cores, ge=1, description="processes that read and decode")
+    workers: int | None = Field(
+        None, ge=1, description="processes that read and decode; default: the cores, or 1 where nothing is decoded"
+    )
     image_column: str = Field("", description="hf: the column with the images, where there are several")
     label_column: str = Field("", description="hf: the column with the labels, where there are several")
 
@@ -66,6 +68,11 @@ class PackOptions(Section):
     def content(self) -> dict[str, Any]:
         """Those settings that decide what the shards hold."""
         return self.model_dump(exclude={"max_refused", "overwrite", "part", "workers"})
+
+    @property
+    def processes(self) -> int:
+        """Those that read and decode: to hand bytes from one to another takes longer than to look at their headers."""
+        return self.workers or (cores() if self.verify or self.resize else 1)
 
 
 def pack(source: str, out: Path, **options: Any) -> dict[str, Any]:
@@ -148,7 +155,7 @@ def _pack_part(images: Images, staging: Staging, part: int, settings: PackOption
     check = Check(images, order, settings.verify, settings.resize, settings.quality, settings.max_pixels)
     shard = _Shard(staging, part, len(finished))
     try:
-        for image in _in_order(check, range(start, span.stop), settings.workers):
+        for image in _in_order(check, range(start, span.stop), settings.processes):
             shard.add(image)
             if shard.tally.packed >= settings.maxcount or shard.size >= settings.maxsize:
                 shard = shard.finish(image.position + 1)

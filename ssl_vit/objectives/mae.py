@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ssl_vit.data.masking import random_mask, visible_count
 from ssl_vit.data.views import MaskedView
@@ -103,7 +104,7 @@ class MAE(Objective):
             target = (target - mean) / std
         decoded = self._decode(image, keep, masked)[:, -masked.shape[1] :]  # (B, M, D)
         prediction = self.decoder_pred(self.decoder_norm(decoded))  # (B, M, p p C)
-        return (prediction.to(target.dtype) - target).square().mean(), {}
+        return F.mse_loss(prediction.to(target.dtype), target), {}
 
     def predict(self, batch: dict[str, Tensor]) -> Tensor:
         """The decoder's output for every patch in its place, (B, N, p*p*C), as the loss compares it."""
