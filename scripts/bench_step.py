@@ -325,7 +325,8 @@ def alone(contender: Contender, batch: Any) -> None:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         contender.step(batch)
     held, most = 0, 0
-    for event in seen.profiler.kineto_results.events():  # pyright: ignore[reportOptionalMemberAccess]
+    profiler: Any = seen.profiler
+    for event in profiler.kineto_results.events():
         held += event.nbytes() if event.name() == "[memory]" else 0
         most = max(most, held)
     print(1024 * int(resident[1]), most)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -116,7 +117,9 @@ def step_counter(recipe: Recipe, mode: Any = None) -> tuple[Any, Callable[[int],
     from ssl_vit.objectives.base import Progress
     from ssl_vit.training.strategies import transformer_blocks
 
-    with torch.device("cpu" if mode is None else "meta"):
+    with torch.device("cpu" if mode is None else "meta"), warnings.catch_warnings():
+        # a teacher's weights go nowhere, and need not
+        warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")
         objective = build.build_objective(recipe).train()
     if mode is not None:
         with mode:

@@ -17,10 +17,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ssl_vit.config import check
+from ssl_vit.cost import peak_rate
 from ssl_vit.data.loader import Pixels
 from ssl_vit.encoders.base import create_encoder
 from ssl_vit.objectives.base import Objective, Progress
 from ssl_vit.objectives.mae import MAE
+from ssl_vit.recipe import Recipe, check_recipe
 from ssl_vit.training import trainer
 from ssl_vit.training.optim import OptimSection
 from ssl_vit.training.signals import Flags
@@ -147,6 +150,16 @@ def test_a_copy_that_is_waited_for_is_found(
     monkeypatch.setattr(objective, "loss", lambda batch: (copy(batch["image"].mean()), plain(batch))[1])
     (found,) = step_without_values(objective.train(), batch, GPU)
     assert "cuda" in found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_flops_of_a_step_are_counted(name: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For mfu, which is logged on GPUs: nothing may be in the way of counting there."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    recipe = check_recipe(check(Recipe, recipe_of(name, images, tmp_path / "run")))
+    rate = peak_rate(recipe, GPU)
+    assert rate is not None
+    assert 1e6 < 989.4e12 / rate < 1e10, "FLOPs an image of encoders with 32 pixels and two blocks"
 
 
 class Operations(TorchDispatchMode):
