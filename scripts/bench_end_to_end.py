@@ -48,7 +48,7 @@ def parse() -> tuple[Recipe, int]:
     values = load([Path(options.config)], words)
     values["evals"] = {}
     values["optim"] |= {"epochs": f"{steps} steps", "warmup_epochs": 0}
-    values["run"] |= {"log_every": WARM, "tensorboard": False}
+    values["run"] |= {"log_every": max(WARM, steps // 5), "tensorboard": False}
     return check_recipe(check(Recipe, values)), steps
 
 

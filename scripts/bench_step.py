@@ -35,7 +35,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ssl_vit import build
 from ssl_vit.config import InputError, check, load
-from ssl_vit.cost import DENSE_PEAK, attention_flops, blank_batch, count
+from ssl_vit.cost import attention_flops, blank_batch, dense_peak, flops
 from ssl_vit.objectives.base import Progress
 from ssl_vit.recipe import Recipe, check_recipe
 
@@ -296,13 +296,14 @@ def ready(make: Callable[[], tuple[Contender, Any]], word: str, options: Any) ->
         torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() if cuda else 0
     contender, batch = make()
-    standing = torch.cuda.memory_allocated() if cuda else 0
     start = time.perf_counter()
     contender.timed(batch, options.warmup)
     print(f"{word}: ready after {time.perf_counter() - start:.1f} s", file=sys.stderr)
     if cuda:
-        peak = torch.cuda.max_memory_allocated()
-        return contender, batch, [peak - before, peak - standing]
+        peak, standing = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        contender.timed(batch, 1)
+        return contender, batch, [peak - before, torch.cuda.max_memory_allocated() - standing]
     words = [*word.split(" ", 1), f"batch={options.batch}", f"precision={options.precision}", *options.words]
     command = [sys.executable, __file__, *words, "alone=1", "device=cpu"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -335,7 +336,7 @@ def alone(contender: Contender, batch: Any) -> None:
 def bench_mae(size_name: str, options: Any, rate: float) -> list[dict[str, Any]]:
     """Rows of the table for one size."""
     size = SIZES[size_name]
-    flops, batch = needed_flops(size), images(options, size)
+    needed, batch = needed_flops(size), images(options, size)
     found, rows = contenders(size), []
     if options.device == "cpu" and not shutil.which("g++"):
         print("no g++: compiled blocks are left out", file=sys.stderr)
@@ -360,7 +361,7 @@ def bench_mae(size_name: str, options: Any, rate: float) -> list[dict[str, Any]]
             "size": size_name, "model": name, "batch": options.batch, "precision": options.precision,
             "ms": middle * 1e3, "ms_quartiles": [low * 1e3, high * 1e3], "images_per_second": speed,
             "peak_gb": memory[name][0] / 1e9, "steps_gb": memory[name][1] / 1e9,
-            "mfu": speed * flops / rate, "tflops": speed * flops / 1e12,
+            "mfu": speed * needed / rate, "tflops": speed * needed / 1e12,
             "relative": statistics.median(times[reference]) / middle,
         })  # fmt: skip
     return rows
@@ -388,11 +389,11 @@ def bench_objective(name: str, options: Any, rate: float) -> dict[str, Any]:
     check_that_nobody_waits(contender, batch)
     times = [contender.timed(batch, options.steps) for _ in range(options.rounds)]
     low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
-    speed, flops = options.batch / middle, count(recipe).flops
+    speed, needed = options.batch / middle, flops(recipe)
     return {
         "size": name, "model": "ours", "batch": options.batch, "precision": options.precision, "ms": middle * 1e3,
         "ms_quartiles": [low * 1e3, high * 1e3], "images_per_second": speed, "peak_gb": memory[0] / 1e9,
-        "steps_gb": memory[1] / 1e9, "mfu": speed * flops / rate, "gflops_an_image": flops / 1e9,
+        "steps_gb": memory[1] / 1e9, "mfu": speed * needed / rate, "gflops_an_image": needed / 1e9,
     }  # fmt: skip
 
 
@@ -444,9 +445,11 @@ def main() -> None:
         return alone(Contender(*contenders(size)[options.only], options), images(options, size))
     device = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     rate = matrix_rate(options.device, torch.bfloat16 if options.precision == "bf16" else torch.float32)
-    peak = next((value for key, value in DENSE_PEAK.items() if key in device), None)
+    peak = dense_peak(device)
     note = (
-        f" ({rate / 1e12 / peak:.0%} of the dense peak, {peak} TFLOP/s)" if peak and options.precision == "bf16" else ""
+        f" ({rate / peak:.0%} of the dense peak, {peak / 1e12:g} TFLOP/s)"
+        if peak and options.precision == "bf16"
+        else ""
     )
     print(f"{device}, torch {torch.__version__}, {options.precision}: matrix product {rate / 1e12:.2f} TFLOP/s{note}")
     rows: list[dict[str, Any]] = []

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make .venv beside this repository and install the package into it; nothing is done twice.
-#   bash scripts/setup.sh [EXTRA ...]        EXTRA: dev, deepspeed
+#   bash scripts/setup.sh [EXTRA ...]        EXTRA: dev, deepspeed, cloud, onnx
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DENSE_PEAK = {
-    "B200": 2250.0, "H200": 989.4, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.4, "A100": 312.0, "L40S": 362.0,
-    "L4": 121.0,
+    "B200": 2250.0, "H200 NVL": 835.0, "H200": 989.4, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.4,
+    "A100": 312.0, "L40S": 362.0, "L4": 121.0,
 }  # fmt: skip
 """bf16 TFLOP/s without sparsity, from the makers' data sheets, by a part of the device's name; the first that fits."""
 
@@ -77,19 +77,38 @@ def count(recipe: Recipe) -> Cost:
     )
 
 
+def flops(recipe: Recipe) -> float:
+    """FLOPs of a training step, per image, without what activation checkpointing computes again."""
+    recipe = copy.deepcopy(recipe)
+    recipe.encoder = {key: value for key, value in recipe.encoder.items() if key != "grad_checkpointing"}
+    _, run = _fake(recipe)
+    return run(2)[0] / 2
+
+
+def dense_peak(name: str) -> float | None:
+    """FLOP/s in bf16 of a GPU of that name; None: not known, or a part of one."""
+    found = (value for key, value in DENSE_PEAK.items() if re.search(rf"\b{key}\b", name))
+    peak = None if "MIG" in name else next(found, None)
+    return peak and peak * 1e12
+
+
 def peak_rate(recipe: Recipe, device: torch.device) -> float | None:
-    """Images/s at which a GPU would compute at its dense bf16 peak; None: no GPU, or one that is not in the table."""
+    """Images/s at which a GPU would compute at its dense bf16 peak; None, said in the log: it cannot be known."""
     import torch
 
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    peak = next((value for key, value in DENSE_PEAK.items() if re.search(rf"\b{key}\b", name)), None)
-    if peak is None:
-        logger.info("the peak of %s is not known here: mfu is not logged", name)
+    peak = dense_peak(name)
+    if peak is None or recipe.objective.get("target_cache"):
+        reason = f"the peak of {name} is not known here" if peak is None else "a cache gives some targets"
+        logger.info("mfu is not logged: %s", reason)
         return None
-    _, run = _fake(recipe)
-    return peak * 1e12 / (run(2)[0] / 2)
+    try:
+        return peak / flops(recipe)
+    except Exception as error:  # a number in the log is no reason not to train
+        logger.warning("mfu is not logged: the FLOPs of a step cannot be counted: %s", error)
+        return None
 
 
 def _line(two: float, four: float) -> tuple[float, float]:

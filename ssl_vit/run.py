@@ -85,6 +85,7 @@ def run(recipe: Recipe, resume: str = "auto") -> None:
             accelerator.process_index, accelerator.num_processes, recipe.data.bad_samples,
         )  # fmt: skip
         announce(recipe, plan, reading, batches, sets, accelerator, launch, start_step, objective.level_c)
+        most = peak_rate(recipe, accelerator.device) if main else None
         if recipe.run.compile:
             compile_blocks(objective)
         strategy = KINDS[launch.kind](accelerator, objective, recipe.optim, plan.accumulation)
@@ -110,17 +111,17 @@ def run(recipe: Recipe, resume: str = "auto") -> None:
 
         # train
         always = plan.ends(recipe.run.keep_every)
+        evaluate, due = evaluate_when_due(recipe, evaluations, plan, subject, log)
         trainer = Trainer(
             strategy, batches, pixels, plan, recipe.seed, log,
             Checkpoints(
                 folder.checkpoints, recipe.run.keep_last, lambda s: always(s) or s == state.get("best", {}).get("step")
             ),
-            evaluate=evaluate_when_due(recipe, evaluations, plan, subject, log),
-            bad=bad, stop=stop, skips=skips, start_step=start_step, evaluated=state.get("evaluated", False),
-            save_due=plan.ends(recipe.run.save_every), keep_best=recipe.run.keep_best, log_every=recipe.run.log_every,
-            workers=workers, stall_timeout=recipe.run.stall_timeout, state=state,
+            evaluate=evaluate, evaluation_due=due, evaluated=state.get("evaluated", False), bad=bad, stop=stop,
+            state=state, skips=skips, start_step=start_step, save_due=plan.ends(recipe.run.save_every),
+            log_every=recipe.run.log_every, workers=workers, keep_best=recipe.run.keep_best,
+            stall_timeout=recipe.run.stall_timeout, peak_rate=most,
             on_samples=sample_log(folder.path / "samples", batches, start_step) if recipe.run.log_samples else None,
-            peak_rate=peak_rate(recipe, accelerator.device) if main else None,
         )  # fmt: skip
         stop.waits = True
         trainer.fit()
@@ -225,17 +226,20 @@ def subject_of(
 
 def evaluate_when_due(
     recipe: Recipe, evaluations: dict[str, Evaluation], plan: Plan, subject: Subject, log: MetricsLog
-) -> Callable[[int], dict[str, float]]:
-    """A function of the steps done: every evaluation at the start, at the end and at multiples of its ``every``."""
+) -> tuple[Callable[[int], dict[str, float]], Callable[[int], bool]]:
+    """Functions of the steps done: one measures, at the start, the end and multiples of ``every``, one says when."""
     ends = {name: plan.ends((recipe.evals[name] or {}).get("every")) for name in evaluations}
 
+    def due(step: int) -> list[str]:
+        return [name for name in evaluations if step in (0, plan.total_steps) or ends[name](step)]
+
     def evaluate_at(step: int) -> dict[str, float]:
-        due = {name: e for name, e in evaluations.items() if step in (0, plan.total_steps) or ends[name](step)}
-        results = measure(subject.at(step), due) if due else {}
+        chosen = {name: evaluations[name] for name in due(step)}
+        results = measure(subject.at(step), chosen) if chosen else {}
         log.evaluation(step, results)
         return results
 
-    return evaluate_at
+    return evaluate_at, lambda step: bool(due(step))
 
 
 def measure(subject: Subject, evaluations: dict[str, Evaluation]) -> dict[str, float]:

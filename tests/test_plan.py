@@ -163,7 +163,8 @@ def test_bad_input_is_one_message(words: list[str], message: str) -> None:
     ("device", "name", "peak"),
     [
         ("cuda", "NVIDIA A100-SXM4-80GB", 312e12), ("cuda", "NVIDIA H100 80GB HBM3", 989.4e12),
-        ("cuda", "NVIDIA H100 PCIe", 756e12), ("cuda", "NVIDIA L40S", 362e12), ("cuda", "Some other GPU", None),
+        ("cuda", "NVIDIA H100 PCIe", 756e12), ("cuda", "NVIDIA L40S", 362e12), ("cuda", "NVIDIA L40", None),
+        ("cuda", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
         ("cpu", "", None),
     ],
 )  # fmt: skip

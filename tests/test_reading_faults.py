@@ -38,7 +38,7 @@ from ssl_vit.data.reading_plan import ReadingPlan, view_bytes
 from ssl_vit.data.sources import open_source
 from ssl_vit.data.views import CentreView, MaskedView
 from ssl_vit.data.worker_count import cores_of_a_process, waiting_advice, worker_rate
-from ssl_vit.data.workers import SLOTS, LoaderFailed
+from ssl_vit.data.workers import PREFETCH, SLOTS, LoaderFailed
 from ssl_vit.embed import embed
 from ssl_vit.recipe import Recipe, check_recipe
 from ssl_vit.run import run
@@ -313,7 +313,7 @@ def test_shared_memory_is_looked_at_before_the_start(four: Path, monkeypatch: py
     assert found.shared_memory == 2 * 3 * SLOTS * 16 * found.view_bytes
     assert found.memory == found.shared_memory + 2 * 2 * 16 * found.view_bytes, "and the two steps that may begin"
     copied = plan(open_source(str(four)), pinned=True)
-    assert copied.memory == found.memory + found.shared_memory, "and what waits in pinned memory"
+    assert copied.memory == found.memory + found.shared_memory * PREFETCH / SLOTS, "and what waits in pinned memory"
     evaluated = plan(open_source(str(four)), eval_images=41, eval_batch_size=1, eval_view_bytes=1000)
     assert evaluated.shared_memory == found.shared_memory + 2 * 3 * SLOTS * 1000
     few = plan(open_source(str(four)), eval_images=41, eval_batch_size=8, eval_view_bytes=1000)

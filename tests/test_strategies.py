@@ -395,6 +395,17 @@ def test_an_ema_in_parts_is_refused(launched: Launch) -> None:
         whole.check(MovesWeights(encoder))
 
 
+def test_sgd_in_parts_is_refused() -> None:
+    from conftest import TINY_DECODER, TINY_ENCODER
+
+    from ssl_vit.encoders.base import create_encoder
+
+    objective = MAE(create_encoder(**TINY_ENCODER), **TINY_DECODER)
+    with pytest.raises(InputError, match=r"optim\.name=sgd: torch has no fused SGD for the parts of FSDP2; use DDP or"):
+        Launch("fsdp2", 2).check(objective, optimizer="sgd")
+    Launch("zero", 2, stage=3).check(objective, optimizer="sgd")
+
+
 def test_a_launcher_that_starts_fewer_processes_is_refused(data: Path, tmp_path: Path) -> None:
     """B47: ``accelerate launch --cpu --num_processes 2`` starts one."""
     made = job(data, tmp_path, "fewer")

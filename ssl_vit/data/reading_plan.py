@@ -18,7 +18,7 @@ from ssl_vit.data.index import Index
 from ssl_vit.data.order import Stream
 from ssl_vit.data.shard_cache import RemoteShard, ShardCache
 from ssl_vit.data.worker_count import cores_of_a_process
-from ssl_vit.data.workers import SLOTS
+from ssl_vit.data.workers import PREFETCH, SLOTS
 
 SHARED_MEMORY = Path("/dev/shm")
 KEPT_FREE = 0.1
@@ -68,7 +68,7 @@ class ReadingPlan:
     @property
     def memory(self) -> int:
         """Bytes of all micro-batches that this machine holds."""
-        copies = self.workers * SLOTS if self.pinned else 0
+        copies = self.workers * PREFETCH if self.pinned else 0
         return (self.batches_ahead + copies) * self.micro_batch_size * self.view_bytes * self.local_ranks
 
     @property

@@ -31,9 +31,9 @@ def cores_of_a_process() -> int:
     """
     sharing, free = local_ranks(), cores()
     if of_a_task := os.environ.get("SLURM_CPUS_PER_TASK"):
-        sharing //= int(os.environ.get("SLURM_NTASKS_PER_NODE", "1"))
+        sharing = -(-sharing // int(os.environ.get("SLURM_NTASKS_PER_NODE", "1")))
         free = min(free, int(of_a_task))
-    return max(1, free // max(1, sharing))
+    return max(1, free // sharing)
 
 
 def worker_rate(batches: TrainBatches, item: int) -> float | None:

@@ -104,7 +104,8 @@ class MAE(Objective):
             target = (target - mean) / std
         decoded = self._decode(image, keep, masked)[:, -masked.shape[1] :]  # (B, M, D)
         prediction = self.decoder_pred(self.decoder_norm(decoded))  # (B, M, p p C)
-        return F.mse_loss(prediction.to(target.dtype), target), {}
+        # not its mean: torch gives that scalar the memory of all errors, which whoever keeps the loss would hold
+        return F.mse_loss(prediction.to(target.dtype), target, reduction="sum") / target.numel(), {}
 
     def predict(self, batch: dict[str, Tensor]) -> Tensor:
         """The decoder's output for every patch in its place, (B, N, p*p*C), as the loss compares it."""

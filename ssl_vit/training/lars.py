@@ -15,17 +15,16 @@ class LARS(Lars):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Make the step, and undo it on the device if a gradient is not finite: nobody waits."""
+        """Make the step, and undo it on the device if a gradient is not finite: nobody waits.
+
+        Momentum has to be there, see :func:`~ssl_vit.training.optim.begin_momentum`.
+        """
         if self.found_inf is None:
             return super().step(closure)
         moved = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        before = [(p.clone(), self._momentum(p).clone()) for p in moved]
+        tensors = [tensor for p in moved for tensor in (p, *self.state[p].values())]
+        before = [tensor.clone() for tensor in tensors]
         loss = super().step(closure)
-        for parameter, (weight, momentum) in zip(moved, before, strict=True):
-            for now, then in ((parameter, weight), (self._momentum(parameter), momentum)):
-                now.copy_(torch.where(self.found_inf > 0, then, now))
+        for now, then in zip(tensors, before, strict=True):
+            now.copy_(torch.where(self.found_inf > 0, then, now))
         return loss
-
-    def _momentum(self, parameter: torch.Tensor) -> torch.Tensor:
-        found = self.state[parameter].get("momentum_buffer")
-        return torch.zeros_like(parameter) if found is None else found

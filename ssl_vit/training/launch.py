@@ -105,6 +105,8 @@ class Launch:
         name = self.name()
         if self.kind != "ddp" and clip_mode == "per_parameter":
             raise InputError(f"optim.clip_mode=per_parameter: gradients are in parts under {name}; use DDP")
+        if self.kind == "fsdp2" and optimizer == "sgd":
+            raise InputError(f"optim.name=sgd: torch has no fused SGD for the parts of {name}; use DDP or ZeRO")
         if self.kind != "ddp" and optimizer == "lars":
             raise InputError(f"optim.name=lars: scales each weight matrix by its norm, and {name} has parts; use DDP")
         if self.kind == "zero" and objective.resting:

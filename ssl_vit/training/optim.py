@@ -143,11 +143,11 @@ def build_optimizer(objective: nn.Module, optim: OptimSection) -> torch.optim.Op
 
 
 def begin_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Zeros as SGD's first momentum, which the first step makes its gradient.
+    """Zeros as the first momentum of SGD and LARS, which the first step makes its gradient.
 
     torch's fused SGD would take memory as it comes, and keep it where the first step is skipped.
     """
-    if isinstance(optimizer, torch.optim.SGD):
+    if not isinstance(optimizer, torch.optim.AdamW):
         for parameter in (p for group in optimizer.param_groups if group["momentum"] for p in group["params"]):
             optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
 

@@ -129,7 +129,6 @@ class FSDP2(Strategy):
         self.wrapped = fully_shard(objective, mesh=mesh)
         forward_in_precision(objective, self.accelerator)
         self.optimizer = build_optimizer(objective, self.optim)  # after sharding: the parameters are new objects
-        begin_momentum(self.optimizer)
 
     @contextlib.contextmanager
     def micro_step(self, last: bool) -> Iterator[None]:

@@ -59,6 +59,7 @@ class Trainer:
         workers: loader processes.
         stall_timeout: seconds without a batch after which the run saves and stops.
         on_samples: called with each step and the positions that this process trains on.
+        evaluation_due: whether ``evaluate`` will measure anything; it waits for the device then.
         peak_rate: images/s at which each device would compute at its peak, for ``mfu``; None: it is not logged.
         state: saved with each checkpoint.
     """
@@ -82,6 +83,7 @@ class Trainer:
     workers: int = 2
     stall_timeout: float = STALL
     on_samples: Callable[[int, list[int]], None] | None = None
+    evaluation_due: Callable[[int], bool] = lambda step: False
     peak_rate: float | None = None
     state: dict[str, Any] = field(default_factory=dict)
 
@@ -159,7 +161,7 @@ class Trainer:
                 window_start, window_steps = now, 0
 
             # evaluate, save, stop
-            asked = self._stop_asked(wait=self.save_due(done) or done == total)
+            asked = self._stop_asked(wait=self.save_due(done) or self.evaluation_due(done) or done == total)
             pause = time.perf_counter()
             if asked and done < total:
                 self._preempt(done)
