@@ -25,6 +25,8 @@ RAISED_FILES = {
     "ssl_vit/run.py": 310,
     # the loop, with everything that may end or undo a step
     "ssl_vit/training/trainer.py": 300,
+    # what is written, found, set aside and deleted, and nothing of it half
+    "ssl_vit/training/checkpoint.py": 255,
     # one door for every pipeline: words, help, status and exit codes
     "ssl_vit/cli.py": 350,
     # every section of a recipe with its documentation, and the checks between them

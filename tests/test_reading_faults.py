@@ -359,7 +359,7 @@ def test_the_plan_is_told(four: Path, tmp_path: Path) -> None:
     assert len(local) == 2
     rated = plan(open_source(str(four))).describe(rate=100.0)[2]
     together = min(3, cores_of_a_process()) * 100
-    assert rated.startswith(f"loader: a core reads about 100 images/s, 3 workers about {together}; each of the 2")
+    assert rated.startswith(f"loader: a core reads about 100 images/s, 3 workers about {together}; a process (of 2)")
     assert local[0].startswith("reading: 40 images in 4 shards, 2 processes x 3 workers x 4 lanes, about 0.")
     assert local[1].startswith("read ahead: 17 batches of 0.0 MB a process")
     assert "a request for each image, up to 40 an epoch" in plan(remote_index(four, tmp_path, 0)).describe()[2]

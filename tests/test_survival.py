@@ -21,10 +21,12 @@ import torch
 from conftest import tiny_recipe
 from test_trainer import losses, start_process, train, wait_for_step
 
-from ssl_vit.config import InputError, to_yaml
+from ssl_vit.build import build_objective
+from ssl_vit.config import InputError, check, to_yaml
 from ssl_vit.objectives.mae import MAE
+from ssl_vit.recipe import Recipe, check_recipe
 from ssl_vit.training.checkpoint import Checkpoints, read_checkpoint
-from ssl_vit.training.metrics import read_metrics
+from ssl_vit.training.metrics import read_metrics, truncate_metrics
 from ssl_vit.training.run_folder import RunFolder
 from ssl_vit.training.skips import Diverged, Skips
 
@@ -219,6 +221,22 @@ def test_a_skipped_step_leaves_weights_and_optimizer(
     values["run"] |= {"dir": str(tmp_path / "again")}
     again = train(values, resume=str(folder / "checkpoints" / "step_00000007"))
     assert losses(again) == losses(folder)[7:]
+
+
+def test_going_back_to_a_checkpoint_leaves_none_after_it(images: Path, tmp_path: Path) -> None:
+    """Killed before its next checkpoint, the run that went back goes on from there, its metrics without a gap."""
+    values = tiny_recipe(images, tmp_path / "run", optim__epochs="12 steps")
+    values["run"] |= {"save_every": "4 steps", "keep_last": 20}
+    folder = train(values)
+    before = losses(folder)
+    (folder / "result.json").unlink()
+    recipe = check_recipe(check(Recipe, values))
+    data = read_checkpoint(folder / "checkpoints" / "step_00000004").state["data"]
+    RunFolder(folder).restore(str(folder / "checkpoints" / "step_00000004"), build_objective(recipe), data)
+    truncate_metrics(folder / "metrics.jsonl", 4)
+    assert Checkpoints(folder / "checkpoints").steps() == [0, 4]
+    assert (folder / "checkpoints" / "latest").read_text().strip() == "step_00000004"
+    assert losses(train(values)) == before
 
 
 def test_too_many_skips_go_back_once(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

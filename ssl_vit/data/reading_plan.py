@@ -141,8 +141,8 @@ class ReadingPlan:
             workers = max(self.workers, 1)
             together = min(workers, cores_of_a_process()) * rate
             lines.append(
-                f"loader: a core reads about {rate:.0f} images/s, {workers} workers about {together:.0f}; each of the "
-                f"{self.num_ranks} processes whose steps are faster wants a worker more for every {rate:.0f}"
+                f"loader: a core reads about {rate:.0f} images/s, {workers} workers about {together:.0f}; a process "
+                f"(of {self.num_ranks}) whose steps take more needs one worker for every {rate:.0f}"
             )
         remote = remote_shards(self.indexes)
         if remote:

@@ -154,6 +154,13 @@ class Checkpoints:
                 os.replace(self.path(step), going)
                 shutil.rmtree(going)
 
+    def undo_after(self, step: int) -> None:
+        """Set later ones aside: the run goes back to ``step``, and a restart must not go on from what came after it."""
+        for later in (number for number in self.steps() if number > step):
+            shutil.rmtree(self.folder / f"undone_{later:08d}", ignore_errors=True)
+            os.replace(self.path(later), self.folder / f"undone_{later:08d}")
+        sync_write(self.folder / "latest", self.path(step).name + "\n")
+
     def newest_whole(self, set_aside: bool) -> tuple[Path, Saved] | None:
         """The newest checkpoint whose files are as they were written, and its content.
 

@@ -117,6 +117,8 @@ class RunFolder:
             found = folder, read_checkpoint(folder)
         folder, saved = found
         saved.fill(objective, folder, fingerprint)
+        if os.environ.get("RANK", "0") == "0" and folder.resolve().parent == self.checkpoints.resolve():
+            Checkpoints(self.checkpoints).undo_after(saved.step)
         return saved
 
     @staticmethod
