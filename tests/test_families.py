@@ -95,6 +95,7 @@ def test_loss_reaches_every_trainable_parameter(pair: str, images: Path, tmp_pat
     check_gradients(objective, batch)
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_two_processes_train_like_one(images: Path, tmp_path: Path) -> None:
     """One process group goes through all pairs; the losses of 5 steps are those of one process (level b).

@@ -66,10 +66,10 @@ def wait_for(path: Path, pattern: str, process: subprocess.Popen[str]) -> None:
         ([], "group", signal.SIGINT),
         (LAUNCH, "process", signal.SIGKILL),
         (LAUNCH, "process", signal.SIGTERM),
-        (LAUNCH, "group", signal.SIGTERM),
+        pytest.param(LAUNCH, "group", signal.SIGTERM, marks=pytest.mark.slow),
         (TWO, "one rank", signal.SIGTERM),
         (TWO, "group", signal.SIGTERM),
-        (TWO, "process", signal.SIGUSR1),
+        pytest.param(TWO, "process", signal.SIGUSR1, marks=pytest.mark.slow),
     ],
     ids=[
         "trainer-TERM", "trainer-USR1", "group-INT", "launcher-KILL", "launcher-TERM", "launched-group-TERM",

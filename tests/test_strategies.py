@@ -415,6 +415,7 @@ def test_a_launcher_that_starts_fewer_processes_is_refused(data: Path, tmp_path:
     assert json.loads((tmp_path / "fewer" / "status.json").read_text())["exit_code"] == 2
 
 
+@pytest.mark.slow
 def test_a_broken_deepspeed_harms_only_those_who_ask_for_it(data: Path, tmp_path: Path) -> None:
     """B67: a package that raises on import."""
     (tmp_path / "fake" / "deepspeed").mkdir(parents=True)
