@@ -35,7 +35,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ssl_vit import build
 from ssl_vit.config import InputError, check, load
-from ssl_vit.cost import attention_flops, blank_batch, dense_peak, flops
+from ssl_vit.cost import blank_batch, dense_peak, flops
 from ssl_vit.objectives.base import Progress
 from ssl_vit.recipe import Recipe, check_recipe
 
@@ -263,19 +263,14 @@ def matrix_rate(device: str, dtype: torch.dtype) -> float:
 
 def needed_flops(size: dict[str, Any]) -> float:
     """FLOPs of a training step a picture: matrix products and attention of our MAE, counted without memory."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.utils.flop_counter import FlopCounterMode
-
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with torch.device("meta"):
-        model = ours(size, False).train()
-    batch = images(argparse.Namespace(batch=2, device="cpu"), size)
-    counter = FlopCounterMode(display=False, custom_mapping=attention_flops())
-    with mode:
-        model.to_empty(device="cpu")
-        with counter:
-            model({key: mode.from_tensor(value) for key, value in batch.items()})[0].backward()
-    return counter.get_total_flops() / 2
+    width, depth, heads = size["decoder"]
+    words = [
+        f"encoder.img_size={PIXELS}", f"encoder.patch_size={size['patch']}", f"encoder.embed_dim={size['width']}",
+        f"encoder.depth={size['depth']}", f"encoder.num_heads={size['heads']}", f"objective.mask_ratio={MASK_RATIO}",
+        f"objective.decoder_embed_dim={width}", f"objective.decoder_depth={depth}",
+        f"objective.decoder_num_heads={heads}",
+    ]  # fmt: skip
+    return flops(recipe_of("mae_vit_base_patch16_in1k", argparse.Namespace(words=words)))
 
 
 def ready(make: Callable[[], tuple[Contender, Any]], word: str, options: Any) -> tuple[Contender, Any, list[float]]:

@@ -164,7 +164,7 @@ def step_counter(recipe: Recipe, mode: Any = None) -> tuple[Any, Callable[[int],
         own.clear()
         own.update(t.untyped_storage()._cdata for t in (*objective.parameters(), *objective.buffers()))
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=recipe.mixed_precision == "bf16")
-        counter = FlopCounterMode(display=False, custom_mapping=attention_flops())
+        counter = FlopCounterMode(display=False, custom_mapping=_attention_flops())
         with mode or nullcontext(), counter:
             # not the first step, in which a codebook looks at values
             objective.before_step(Progress(1, 100, 0.01, 1.0, 0.01))
@@ -191,7 +191,7 @@ def blank_batch(objective: Any, recipe: Recipe, batch_size: int, device: str) ->
     return pixels.to_device(batch, torch.device(device))
 
 
-def attention_flops() -> dict[Any, Callable[..., int]]:
+def _attention_flops() -> dict[Any, Callable[..., int]]:
     """The CPU's fused attention, which torch's counter does not know; backward is twice forward, as for GEMMs."""
     import torch
     from torch.utils.flop_counter import sdpa_flop_count

@@ -15,11 +15,6 @@ def stack(views: Sequence[Batch]) -> Batch:
     return {key: torch.stack([view[key] for view in views]) for key in (views[0] if views else ())}
 
 
-def of_channels(values: Sequence[float], like: Tensor) -> Tensor:
-    """(C, 1, 1) of a tensor's type, filled where it is: a GPU that is sent numbers must first do all it was asked."""
-    return torch.stack([like.new_full((1, 1), value) for value in values])
-
-
 class SharedSlots:
     """Stacks into shared memory, batch after batch into the same few places in turn.
 

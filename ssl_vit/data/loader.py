@@ -20,7 +20,8 @@ from torch.utils.data import Dataset
 from ssl_vit.config import InputError
 from ssl_vit.data.ahead import Ahead
 from ssl_vit.data.bad_samples import BadReport
-from ssl_vit.data.collating import Batch, of_channels, stack
+from ssl_vit.data.channels import normalised
+from ssl_vit.data.collating import Batch, stack
 from ssl_vit.data.decode import BadSample, decode
 from ssl_vit.data.index import Index
 from ssl_vit.data.order import Stream, derive_seed, rank_positions, replacement_positions
@@ -63,8 +64,7 @@ class Pixels:
         batch = dict(batch)
         for key in NORMALISED:
             if key in batch:
-                image = batch[key].float() / 255
-                batch[key] = (image - of_channels(self.mean, image)) / of_channels(self.std, image)
+                batch[key] = normalised(batch[key].float() / 255, self.mean, self.std)
         return batch
 
 

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssl_vit.config import InputError, Section, nearest
+from ssl_vit.data.channels import normalised
 from ssl_vit.encoders.architectures import height_width
 from ssl_vit.encoders.base import Encoder, create_encoder
 from ssl_vit.encoders.classifiers import take_size
 from ssl_vit.encoders.weights import encoder_config, fill_encoder, load_state
-from ssl_vit.modules.pixels import normalised
 
 FALLBACK = (0.5, 0.5, 0.5)
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ssl_vit.data.collating import of_channels
-
 
 def pixels_of(image: Tensor, shape: tuple[int, int, int]) -> Tensor:
     """Pixels in [0, 1], at least in float32, (B, C, H, W).
@@ -30,8 +28,3 @@ def pixels_of(image: Tensor, shape: tuple[int, int, int]) -> Tensor:
             "floating point in [0, 1]; a tokenizer maps pixels itself, so they should not be normalised"
         )
     return image.to(torch.promote_types(image.dtype, torch.float32))
-
-
-def normalised(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Pixels in [0, 1], (B, C, H, W), minus ``mean`` over ``std`` of each channel."""
-    return (pixels - of_channels(mean, pixels)) / of_channels(std, pixels)

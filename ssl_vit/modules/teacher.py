@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssl_vit.config import Section
-from ssl_vit.data.collating import of_channels
+from ssl_vit.data.channels import of_channels
 from ssl_vit.encoders.classifiers import load_classifier
 from ssl_vit.modules.target_cache import state_hash
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ssl_vit.config import Section
+from ssl_vit.data.channels import normalised
 from ssl_vit.encoders.base import Encoder, create_encoder
 from ssl_vit.modules.dvae import DVAEQuantiser
-from ssl_vit.modules.pixels import normalised, pixels_of
+from ssl_vit.modules.pixels import pixels_of
 from ssl_vit.modules.vqkd import VQKDQuantiser
 
 FILE = "tokenizer.safetensors"

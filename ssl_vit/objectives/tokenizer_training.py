@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ssl_vit.data.channels import normalised
 from ssl_vit.data.views import TargetView
 from ssl_vit.encoders.architectures import check_choice, check_sizes
 from ssl_vit.encoders.base import Encoder
 from ssl_vit.modules.codebook import code_statistics
 from ssl_vit.modules.dvae import DVAEDecoder, DVAEQuantiser
 from ssl_vit.modules.feature_teacher import FeatureTeacher, FeatureTeacherSection
-from ssl_vit.modules.pixels import normalised, pixels_of
+from ssl_vit.modules.pixels import pixels_of
 from ssl_vit.modules.tokenizer import EncoderTokenizer, save_tokenizer
 from ssl_vit.modules.vqkd import VQKDDecoder, VQKDQuantiser
 from ssl_vit.objectives.base import Objective, Progress
